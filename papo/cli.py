@@ -1,0 +1,99 @@
+"""`papo STAGE`, `papo run` and their helpers: the command of dvc.yaml and of people."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from papo import __version__
+
+STAGE_HELP = {
+    "prepare": "problem sets, benchmarks and warm-start traces",
+    "warmstart": "the policy that round 0 samples from",
+    "rollout": "sample G responses a prompt (needs --round)",
+    "score-orm": "score the outcome of each response (needs --round)",
+    "score-prm": "score the process of each response (needs --round)",
+    "advantage": "decoupled advantages and signals (needs --round)",
+    "train": "one pass over a round's advantages (needs --round)",
+    "evaluate": "avg@k and pass@k of warm start and final policy",
+    "report": "the static page",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0 done; 2 the input is wrong; 1 a stage could not finish; 130 interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    quiet_environment()
+    # Imported after the arguments are read, so that `papo --help` is quick.
+    from papo import commands
+    from papo.errors import PapoError
+
+    try:
+        return commands.dispatch(options)
+    except PapoError as error:
+        print(f"papo: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("papo: interrupted; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def quiet_environment() -> None:
+    """No telemetry and no chatter from the libraries, unless the person's environment says otherwise."""
+    for name, value in {
+        "DO_NOT_TRACK": "1",
+        "DVC_NO_ANALYTICS": "true",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="papo", description="Process-aware policy optimization as a pipeline.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"papo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in STAGE_HELP.items():
+        stage = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        stage.add_argument("--round", type=int, metavar="K", help="the round, from 0")
+        _common(stage)
+    run = commands.add_parser("run", help="the whole pipeline in this process, without any server", allow_abbrev=False)
+    run.add_argument("--no-dvc", action="store_true", help="do not record the outputs with DVC at the end")
+    run.add_argument("--name", help="name of the run in MLflow")
+    _common(run)
+    _common(commands.add_parser("params", help="print every param with its value in force", allow_abbrev=False))
+    dvc = commands.add_parser("dvc", help="write dvc.yaml anew from params.yaml", allow_abbrev=False)
+    dvc.add_argument("--check", action="store_true", help="only say whether dvc.yaml is up to date")
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", metavar="FILE", help="a YAML file, or the name of one under infra/presets")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override one param"
+    )
+    parser.add_argument(
+        "--workspace", type=Path, default=Path(), metavar="DIR", help="where data/ and artifacts/ lie (default: here)"
+    )
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="SECONDS", help="wait for another run in the workspace to end"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What the commands of `papo` do."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from papo.console import configure_logging, log, make_context, show_summary, warn
+from papo.dvcfile import DVC_FILE, render
+from papo.engines.tracking import make_tracker
+from papo.engines.versioning import Dvc
+from papo.errors import UserError
+from papo.params import Params, load_params
+from papo.pipeline import Step, run_step, steps
+from papo.session import Session, Summary, share_start
+from papo.store.layout import Workspace
+from papo.store.lock import exclusive
+
+
+def dispatch(options: argparse.Namespace) -> int:
+    """Runs the command that the options name; the exit code."""
+    configure_logging()
+    if options.command == "dvc":
+        return write_dvc(check=options.check)
+    params = load_params(preset=options.preset, overrides=options.overrides)
+    stay_offline(params)
+    if options.command == "params":
+        sys.stdout.writelines(f"{key} = {value}\n" for key, value in params.flat().items())
+        return 0
+    workspace = Workspace(options.workspace)
+    if options.command == "run":
+        show_summary(run_all(params, workspace, name=options.name, dvc=not options.no_dvc, wait_s=options.wait))
+        return 0
+    step = Step(options.command.replace("-", "_"), options.round)
+    with exclusive(workspace, wait_s=options.wait):
+        manifest = run_step(step, params, workspace, make_context(workspace.work))
+    log.info("%s: %s", step, "had been done before" if manifest.skipped else f"done in {manifest.seconds:.1f} s")
+    return 0
+
+
+def run_all(params: Params, workspace: Workspace, *, name: str | None, dvc: bool, wait_s: float = 0.0) -> Summary:
+    """The whole pipeline in this process."""
+    with open_session(params, workspace, name=name, dvc=dvc, wait_s=wait_s) as session:
+        for step in steps(params):
+            session.step(step)
+        return session.finish()
+
+
+def open_session(
+    params: Params,
+    workspace: Workspace,
+    *,
+    name: str | None = None,
+    dvc: bool = True,
+    wait_s: float = 0.0,
+    tags: Mapping[str, str] | None = None,
+) -> Session:
+    """A session with the tracker that the params name, and with DVC where the outputs are those of dvc.yaml.
+
+    A run in another folder than the checkout's, or with params that are not those of params.yaml, is not what dvc.yaml describes: its
+    outputs are not recorded, and DVC shows them as changed. Such a run starts from the problem sets and warm start of the checkout.
+    """
+    here = Workspace(Path())
+    beside = workspace.root.resolve() != here.root.resolve()
+    described = not beside and untracked(params) == untracked(load_params())
+    if dvc and not beside and not described:
+        warn("the params are not those of params.yaml: DVC will show the outputs of this run as changed")
+    if beside:
+        share_start(here, workspace)
+    return Session(
+        params,
+        workspace,
+        name=name or f"{params.advantage.variant}-seed{params.run.seed}",
+        tracker=make_tracker(params.tracking, warn=warn),
+        context=make_context(workspace.work),
+        dvc=Dvc(workspace.root) if dvc and described else None,
+        tags=tags,
+        wait_s=wait_s,
+    )
+
+
+def untracked(params: Params) -> dict[str, object]:
+    """The params that decide results."""
+    return params.model_dump(exclude={"tracking"})
+
+
+def stay_offline(params: Params) -> None:
+    """Tells the Hugging Face libraries not to look at the hub when nothing in the params is there; each look costs seconds."""
+    names = [params.warmstart.checkpoint, params.prepare.source, *params.prepare.eval_sources.values()]
+    if all(name is None or name == "sums" or Path(name).exists() for name in names):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def write_dvc(*, check: bool) -> int:
+    """Writes dvc.yaml, or says whether it is what params.yaml asks for."""
+    text = render(load_params())
+    current = DVC_FILE.read_text() if DVC_FILE.exists() else ""
+    if check and text != current:
+        raise UserError("dvc.yaml is not what params.yaml asks for", where=str(DVC_FILE), fix="run `papo dvc`")
+    if not check:
+        DVC_FILE.write_text(text)
+    log.info("dvc.yaml is up to date")
+    return 0

@@ -1,0 +1,172 @@
+"""What a person sees in a terminal: progress with rates, warnings, the table at the end. Plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from papo.session import Summary
+from papo.store.manifest import Context
+
+console = Console(stderr=True)
+log = logging.getLogger("papo")
+
+
+def make_context(work: Path, *, quiet: bool = False) -> Context:
+    """Progress bars in a terminal, a log line a stage elsewhere."""
+    return Context(work=work, progress=_bar if console.is_terminal and not quiet else _lines, warn=warn)
+
+
+def warn(message: str) -> None:
+    log.warning(message)
+
+
+def configure_logging() -> None:
+    """Structured lines on standard error: time, level, message."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f}/s" if speed else "", style="progress.data.speed")
+
+
+@contextmanager
+def _bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def _lines(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A line when the stage ends, and one every 30 seconds before that."""
+    started = shown = time.monotonic()
+    count = 0
+
+    def advance(done: int) -> None:
+        nonlocal count, shown
+        count += done
+        if time.monotonic() - shown > 30:
+            shown = time.monotonic()
+            log.info("%s %d/%d %.1f/s", description, count, total, count / (shown - started))
+
+    yield advance
+    seconds = time.monotonic() - started
+    log.info("%s %d/%d in %.1f s (%.1f/s)", description, count, total, seconds, count / max(seconds, 1e-9))
+
+
+def show_summary(summary: Summary) -> None:
+    """The tables at the end of a run, on standard output."""
+    out = Console()
+    for table in (_accuracy_table(summary), _course_table(summary), _time_table(summary)):
+        out.print(table)
+    out.print(f"report   {summary.report}")
+    if summary.link:
+        out.print(f"MLflow   {summary.link}", soft_wrap=True)
+    out.print(f"DVC      {summary.dvc}", soft_wrap=True)
+
+
+def accuracy_rows(summary: Summary) -> list[dict[str, str]]:
+    """One row a benchmark and one a tier of it: accuracy with interval of warm start and final policy."""
+    rows = []
+    for benchmark, policies in summary.evaluation.items():
+        first, last, gain = policies["warmstart"], policies["final"], policies["gain"]
+        rows.append(
+            {
+                "benchmark": benchmark,
+                "tier": "all",
+                f"warm start avg@{first['k']}": _interval(first["avg_at_k"]),
+                f"final avg@{last['k']}": _interval(last["avg_at_k"]),
+                "gain": _interval(gain, sign=True),
+                "length": f"{first['length_mean']:.1f} -> {last['length_mean']:.1f}",
+            }
+        )
+        for tier, values in last["tiers"].items() if len(last["tiers"]) > 1 else ():
+            rows.append(
+                {
+                    "benchmark": "",
+                    "tier": tier,
+                    f"warm start avg@{first['k']}": _interval(first["tiers"][tier]),
+                    f"final avg@{last['k']}": _interval(values),
+                    "gain": f"{values['value'] - first['tiers'][tier]['value']:+.3f}",
+                    "length": "",
+                }
+            )
+    return rows
+
+
+def course_rows(summary: Summary) -> list[dict[str, str]]:
+    """How the signals that a person looks at first moved from the first round to the last."""
+    names = {
+        "accuracy": "training accuracy",
+        "prm_mean_correct": "judge's score, correct responses",
+        "zero_advantage_share": "zero-advantage share",
+        "groups_process_active_share": "groups with active process advantage",
+        "length_mean": "mean length, tokens",
+        "truncated_share": "truncated share",
+    }
+    return [
+        {"signal": text, "first round": f"{summary.first[name]:.3f}", "last round": f"{summary.last[name]:.3f}"}
+        for name, text in names.items()
+        if name in summary.first and name in summary.last
+    ]
+
+
+def time_rows(summary: Summary) -> list[dict[str, str]]:
+    """Seconds by stage; what is left of the wall time is overhead."""
+    total = summary.total_seconds
+    rows = [
+        {"stage": stage, "seconds": f"{seconds:.1f}", "share": f"{seconds / total:.0%}"}
+        for stage, seconds in summary.seconds.items()
+    ]
+    rows.append({"stage": "whole run", "seconds": f"{total:.1f}", "share": "100%"})
+    share = summary.overhead_share
+    return [
+        *rows,
+        {"stage": "not policy, verifier or judge", "seconds": f"{share * total:.1f}", "share": f"{share:.1%}"},
+    ]
+
+
+def _interval(estimate: dict[str, Any], *, sign: bool = False) -> str:
+    value = f"{estimate['value']:+.3f}" if sign else f"{estimate['value']:.3f}"
+    if estimate["low"] is None:
+        return value
+    return f"{value} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+def _accuracy_table(summary: Summary) -> Table:
+    return _table("Accuracy, 95 % interval", accuracy_rows(summary))
+
+
+def _course_table(summary: Summary) -> Table:
+    return _table("Training", course_rows(summary))
+
+
+def _time_table(summary: Summary) -> Table:
+    title = f"Time: {summary.ran} steps ran, {summary.skipped} had been done before"
+    return _table(title, time_rows(summary))
+
+
+def _table(title: str, rows: list[dict[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="left" if name in ("benchmark", "tier", "signal", "stage") else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table

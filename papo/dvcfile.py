@@ -1,0 +1,104 @@
+"""dvc.yaml, written from params.yaml: DVC can loop over a list but not count, and cannot take a stage's outputs from params."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from papo.params import Params
+from papo.pipeline import CODE, ROUND_STAGES, STAGES, Step
+
+DVC_FILE = Path("dvc.yaml")
+HEADER = "# Written by `papo dvc` from params.yaml: run it after changing run.rounds or evaluate.benchmarks.\n"
+PLOTS = {
+    "accuracy and judge's score": ["accuracy", "prm_mean_correct"],
+    "zero-advantage share": ["zero_advantage_share"],
+    "length": ["length_mean", "length_p95"],
+}
+
+# What of the params each stage depends on; a change of any other leaves it alone.
+PARAMS = {
+    "prepare": ["prepare"],
+    "warmstart": ["warmstart"],
+    "rollout": ["rollout", "run.seed"],
+    "score_orm": ["score_orm"],
+    "score_prm": ["score_prm", "advantage.variant"],
+    "advantage": ["advantage"],
+    "train": ["train", "rollout.temperature", "run.seed"],
+    "evaluate": [
+        "evaluate", "run.seed", "run.rounds",
+        "rollout.engine", "rollout.max_prompt_tokens", "score_orm",
+    ],
+    "report": [section for section in Params.model_fields if section != "tracking"],
+}  # fmt: skip
+
+
+def render(params: Params) -> str:
+    """The text of dvc.yaml."""
+    last = params.run.rounds - 1
+    evaluated = ["artifacts/warmstart", *(f"artifacts/rounds/{k}/policy" for k in params.evaluated_rounds)]
+    tables = [f"artifacts/evaluation/{name}.parquet" for name in params.evaluate.benchmarks]
+    round_ = "artifacts/rounds/${item.k}"
+    problems = "data/problems/train.parquet"
+    rollouts, orm, prm, advantages = (f"{round_}/{name}.parquet" for name in ("rollouts", "orm", "prm", "advantages"))
+    files = {
+        "prepare": ([], ["data/problems", "data/problems.manifest.json"]),
+        "warmstart": (["data/problems/traces.parquet"], ["artifacts/warmstart", "artifacts/warmstart.manifest.json"]),
+        "rollout": ([problems, "${item.policy}"], _with_manifest(rollouts)),
+        "score_orm": ([problems, rollouts], _with_manifest(orm)),
+        "score_prm": ([problems, rollouts, orm], _with_manifest(prm)),
+        "advantage": ([rollouts, orm, prm], _with_manifest(advantages)),
+        "train": (
+            [rollouts, advantages, "${item.policy}", "${item.state}"],
+            [f"{round_}/policy", f"{round_}/trainer", f"{round_}/policy.manifest.json"],
+        ),
+        "evaluate": (
+            [*evaluated, *(f"data/problems/eval/{name}.parquet" for name in params.evaluate.benchmarks)],
+            [*tables, "artifacts/evaluation/metrics.manifest.json"],
+        ),
+        "report": (
+            ["artifacts/evaluation/metrics.json", "artifacts/rounds"],
+            ["artifacts/report", "artifacts/report.manifest.json"],
+        ),
+    }
+    stages = {stage: _stage(stage, *files[stage]) for stage in STAGES}
+    stages["evaluate"]["metrics"] = [{"artifacts/evaluation/metrics.json": {"cache": False}}]
+    rounds = [
+        {"k": k, "policy": _policy(k - 1), "state": _state(k - 1)}
+        for k in range(last + 1)
+    ]
+    content = {
+        "vars": [{"rounds": rounds}],
+        "stages": {
+            name: {"foreach": "${rounds}", "do": stage} if name in ROUND_STAGES else stage
+            for name, stage in stages.items()
+        },
+        "plots": [
+            {title: {"x": "round", "y": {"artifacts/report/rounds.csv": columns}}} for title, columns in PLOTS.items()
+        ],
+    }
+    return HEADER + yaml.safe_dump(content, sort_keys=False, width=120, default_flow_style=None)
+
+
+def _policy(round_: int) -> str:
+    return "artifacts/warmstart" if round_ < 0 else f"artifacts/rounds/{round_}/policy"
+
+
+def _state(round_: int) -> str:
+    # Round 0 has no optimizer state to go on from, but every item of the loop needs the key.
+    return "artifacts/warmstart.manifest.json" if round_ < 0 else f"artifacts/rounds/{round_}/trainer"
+
+
+def _with_manifest(table: str) -> list[str]:
+    return [table, f"{table.removesuffix('.parquet')}.manifest.json"]
+
+
+def _stage(stage: str, deps: list[str], outs: list[str]) -> dict[str, object]:
+    step = Step(stage, round=None).command
+    return {
+        "cmd": f"{step} --round ${{item.k}}" if stage in ROUND_STAGES else step,
+        "deps": [*(f"papo/{path}" for path in CODE[stage]), *deps],
+        "params": PARAMS[stage],
+        "outs": outs,
+    }

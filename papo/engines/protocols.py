@@ -1,0 +1,183 @@
+"""What a stage asks of the outside world. A test hands in a small fake, a GPU machine hands in vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+Progress = Callable[[int], None]
+"""Called with the number of items done since the last call."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One completion to sample; `seed` alone decides its randomness."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion as token ids, with the log-probs (natural log, at the sampling temperature) of each id."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    completion: str
+    logprobs: list[float]
+    finish_reason: str  # stop | length
+
+
+class Sampler(Protocol):
+    """Samples completions from one policy."""
+
+    def sample(self, requests: Sequence[SampleRequest], progress: Progress) -> list[Sample]:
+        """One sample a request, in order. `progress` counts finished completions."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Library name -> version, for the manifest."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of one completion: `score` is 0.0 or 1.0, or None where `status` is a failure."""
+
+    score: float | None
+    extracted: str | None
+    status: str  # schemas.ORM_STATUSES
+
+
+class Verifier(Protocol):
+    """Compares the final answer of a completion with the gold answer."""
+
+    def verify(self, items: Sequence[tuple[str, str]], progress: Progress) -> list[Verdict]:
+        """One verdict for each (gold answer, completion), in order."""
+        ...
+
+    def versions(self) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True)
+class JudgeItem:
+    """One response to judge."""
+
+    problem: str
+    reference_solution: str | None
+    response: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Process score of one response: `score` is None where `status` is not `ok`."""
+
+    score: float | None
+    status: str  # schemas.PRM_STATUSES
+    reason: str
+    votes: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached: bool = False
+
+
+class Judge(Protocol):
+    """Scores the reasoning of a response by a rubric."""
+
+    name: str
+    rubric: str
+
+    def judge(self, items: Sequence[JudgeItem], progress: Progress) -> list[Judgement]:
+        """One judgement an item, in order."""
+        ...
+
+    def versions(self) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One response with its advantage, as the trainer takes it."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]
+    advantage: float
+    token_advantages: list[float] | None = None
+
+
+class Trainer(Protocol):
+    """Turns a table of advantages into the next policy."""
+
+    def train(
+        self,
+        policy: Path,
+        state: Path | None,
+        groups: Sequence[Sequence[TrainRow]],
+        out: Path,
+        out_state: Path,
+        progress: Progress,
+    ) -> list[dict[str, float]]:
+        """One pass over `groups` in order, from `policy` and optimizer `state`; writes both; metrics by optimizer step."""
+        ...
+
+    def versions(self) -> dict[str, str]: ...
+
+
+class WarmStarter(Protocol):
+    """Makes the first policy from traces, or takes one that exists."""
+
+    def steps(self) -> int:
+        """How many times `progress` will be told of one step."""
+        ...
+
+    def fit(self, traces: Sequence[tuple[str, str]], out: Path, progress: Progress) -> list[dict[str, float]]:
+        """Writes a policy in Hugging Face form to `out`; metrics by logging step."""
+        ...
+
+    def versions(self) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem as a source gives it; the prepare stage adds the id."""
+
+    prompt: str
+    answer: str
+    reference_solution: str | None
+    source: str
+    tier: str | None = None
+    pass_rate: float | None = None
+
+
+class Source(Protocol):
+    """Where problems come from."""
+
+    def train(self) -> Iterator[Problem]: ...
+
+    def benchmarks(self) -> Mapping[str, Iterator[Problem]]: ...
+
+    def traces(self) -> Iterator[tuple[str, str]]:
+        """(prompt, completion) pairs for the warm start; none for a source without traces."""
+        ...
+
+
+class Tracker(Protocol):
+    """The record of a run; write-only, and never a reason for a run to stop."""
+
+    def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None: ...
+
+    def stage(self, stage: str, round_: int | None, manifest: Mapping[str, Any]) -> None: ...
+
+    def tag(self, key: str, value: str) -> None: ...
+
+    def artifact(self, path: Path) -> None: ...
+
+    def policy(self, path: Path, name: str, metrics: Mapping[str, float]) -> None: ...
+
+    def finish(self, status: str, metrics: Mapping[str, float]) -> None: ...
+
+    def link(self) -> str | None:
+        """Where a person sees the run."""
+        ...

@@ -1,0 +1,17 @@
+"""Where problems come from: generated sums, or a data set read by a column mapping."""
+
+from __future__ import annotations
+
+from papo.engines.protocols import Source
+from papo.params import PrepareParams
+
+
+def make_source(params: PrepareParams) -> Source:
+    """The source that `prepare.source` names."""
+    if params.source == "sums":
+        from papo.engines.sources.sums import SumsSource
+
+        return SumsSource(params.sums, seed=params.seed, prompt_template=params.prompt_template)
+    from papo.engines.sources.columns import ColumnsSource
+
+    return ColumnsSource(params)

@@ -1,0 +1,231 @@
+r"""Mathematical answers, compared by math-verify (sympy) in child processes that can be killed.
+
+What strings and integers settle is settled here, without a child. The rest may take any time and memory (`9^{9^{9^9}}`
+is an answer too), and math-verify's own limit is a signal that needs the main thread and does not interrupt a long
+multiplication. So each pair is compared in a child with a limit on wall time, CPU time and address space.
+
+    equal: by text, by number, or by math-verify          1.0   ok
+    not equal, or not readable as mathematics             0.0   ok               what cannot be read cannot be right
+    a run of over 200 digits, other than the gold text    0.0   ok               as missing, it would go unpunished
+    no closed box, an empty one, over 1,000 characters    0.0   no_answer        nothing that could be an answer
+    the gold answer is empty, huge or not readable        None  unparsable_gold
+    the comparison took longer than `timeout_s`           None  timeout          nobody knows, and missing is not wrong
+    the child died or ran out of memory                   None  error
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import re
+import resource
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from functools import lru_cache, partial
+from importlib import metadata
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from papo.core.answers import MAX_DIGITS, extract_boxed, longest_digits, normalise, same_answer, visible
+from papo.engines.protocols import Progress, Verdict
+from papo.errors import StageError
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool
+
+Pair = tuple[str, str]
+"""Gold answer and extracted answer."""
+
+Checker = Callable[[Sequence[Pair]], Generator[tuple[Pair, str], None, None]]
+"""Takes distinct pairs and gives each with its outcome, in order: right, wrong, unparsable_gold, timeout or error."""
+
+MAX_GOLD_CHARS = 10_000
+CHILD_MEMORY = 2 * 2**30
+"""Bytes of address space that a child may take beyond those it has after its imports."""
+
+_VERDICTS = {"right": (1.0, "ok"), "wrong": (0.0, "ok"), "no_answer": (0.0, "no_answer")}
+_LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
+_PERCENTAGE = re.compile(r"[+-]?[0-9., ]+ ?(?:%|pct|percent)")
+_MARKED_UP = re.compile(r"\$|\\boxed|\\\(|\\\[")
+_SPARE_CPU_S = 2  # the kill by wall time comes first; the CPU limit is for a child whose parent is gone
+
+
+class MathVerifier:
+    """Outcome of completions whose answer is mathematical; see the table of this module.
+
+    Args:
+        timeout_s: limit of wall time for one pair.
+        workers: child processes. None is started unless a pair needs one; none is left when `verify` returns or raises.
+        checker: compares the pairs that text does not settle; a test hands in a fake.
+    """
+
+    def __init__(self, *, timeout_s: float = 3.0, workers: int = 1, checker: Checker | None = None) -> None:
+        self._checker = checker or partial(in_children, compare, timeout_s=timeout_s, workers=workers)
+
+    def verify(self, items: Sequence[tuple[str, str]], progress: Progress) -> list[Verdict]:
+        """One verdict for each (gold answer, completion), in order; each distinct (gold, extracted) is judged once.
+
+        Raises:
+            StageError: child processes cannot be started or kept up on this machine.
+        """
+        keys = [(gold, extract_boxed(completion)) for gold, completion in items]
+        counts = Counter(keys)
+        outcomes = {key: outcome for key in counts if (outcome := _settled(*key)) is not None}
+        progress(sum(counts[key] for key in outcomes))
+        undecided = [(gold, answer) for gold, answer in counts if answer is not None and (gold, answer) not in outcomes]
+        if undecided:
+            with closing(self._checker(undecided)) as checked:
+                for pair, outcome in checked:
+                    outcomes[pair] = outcome
+                    progress(counts[pair])
+        return [_verdict(key[1], outcomes[key]) for key in keys]
+
+    def versions(self) -> dict[str, str]:
+        """math-verify and the two libraries that its verdicts come from."""
+        return {name: metadata.version(name) for name in _LIBRARIES}
+
+
+def _settled(gold: str, answer: str | None) -> str | None:
+    """The outcome where no algebra is needed, else None."""
+    if not gold.strip() or len(gold) > MAX_GOLD_CHARS:
+        return "unparsable_gold"
+    if answer is None or not normalise(answer):
+        return "no_answer"
+    same = same_answer(gold, answer)
+    if same is None and longest_digits(normalise(answer)) > MAX_DIGITS:
+        same = False
+    return None if same is None else "right" if same else "wrong"
+
+
+def _verdict(answer: str | None, outcome: str) -> Verdict:
+    score, status = _VERDICTS.get(outcome, (None, outcome))
+    return Verdict(score, answer, status)
+
+
+def in_children(
+    function: Callable[[str, str], str], pairs: Iterable[Pair], *, timeout_s: float, workers: int
+) -> Generator[tuple[Pair, str], None, None]:
+    """Each pair with `function(*pair)`, in order, computed in child processes that end with this generator.
+
+    In place of a result stands `timeout` where the child had to be killed, and `error` where it died or raised.
+
+    Raises:
+        StageError: the pool of children is beyond repair.
+    """
+    from pebble import ProcessPool
+
+    # A fork of this process would carry its threads' locks and all of torch. The fork server is a fresh process that
+    # has imported sympy once, so that a killed child is replaced within milliseconds. It ends with this process.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["math_verify", __name__])
+    pool = ProcessPool(max_workers=workers, initializer=_prepare_child, context=context)
+    try:
+        yield from _windowed(pool, partial(_limited, function, timeout_s), pairs, timeout_s, window=4 * workers)
+    except RuntimeError as error:  # BrokenProcessPool, and what pebble raises when a broken pool is given work
+        raise StageError(
+            f"the child processes that compare answers keep dying: {error}",
+            where="score_orm",
+            fix="check this machine's memory and process limits (ulimit -a), and that `import math_verify` works",
+        ) from error
+    finally:
+        pool.stop()  # type: ignore[no-untyped-call]
+        pool.join()
+
+
+def _windowed(
+    pool: ProcessPool, function: Callable[[str, str], str], pairs: Iterable[Pair], timeout_s: float, window: int
+) -> Iterator[tuple[Pair, str]]:
+    """Keeps `window` pairs in flight: a pool that breaks then has no long queue of its own that nobody answers for."""
+    running: deque[tuple[Pair, Future[Any]]] = deque()
+    for pair in pairs:
+        running.append((pair, pool.schedule(function, args=pair, timeout=timeout_s)))
+        if len(running) >= window:
+            first, future = running.popleft()
+            yield first, _outcome(future)
+    for pair, future in running:
+        yield pair, _outcome(future)
+
+
+def _outcome(future: Future[Any]) -> str:
+    """The boundary: what can happen to a child becomes an outcome."""
+    try:
+        return str(future.result())
+    except TimeoutError:
+        return "timeout"
+    except BrokenProcessPool:
+        raise
+    except Exception:  # ProcessExpired, MemoryError and whatever else the comparison of one pair may raise
+        return "error"
+
+
+# ---- what runs in a child ----
+
+
+def _prepare_child() -> None:
+    """Imports, quiet and limits; before the first pair, so that none of it counts against a pair's time."""
+    logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler would wait for the end of a long multiplication
+    _parse("1")
+    _set_soft_limit(resource.RLIMIT_CORE, 0)
+    memory = Path("/proc/self/statm")
+    if memory.exists():
+        _set_soft_limit(resource.RLIMIT_AS, int(memory.read_text().split()[0]) * resource.getpagesize() + CHILD_MEMORY)
+
+
+def _set_soft_limit(kind: int, limit: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _limited(function: Callable[[str, str], str], timeout_s: float, gold: str, answer: str) -> str:
+    _set_soft_limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + timeout_s) + _SPARE_CPU_S)
+    return function(gold, answer)
+
+
+def compare(gold: str, answer: str) -> str:
+    """`right`, `wrong` or `unparsable_gold`, by math-verify, without a limit of its own: call it in a child.
+
+    Raises:
+        MemoryError: the comparison needs more than the process may have.
+    """
+    golds = _parse_gold(gold)
+    if any(_equal(one, other) for one, other in product(golds, _parse(answer))):
+        return "right"
+    return "wrong" if any(not isinstance(one, str) for one in golds) else "unparsable_gold"
+
+
+def _equal(gold: Any, answer: Any) -> bool:
+    """math-verify's comparison in its direction (it is not symmetric); what it cannot compare is not equal."""
+    from math_verify import verify
+
+    try:
+        return bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True))
+    except MemoryError:
+        raise
+    except Exception:  # sympy raises nearly anything on answers that make no sense
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _parse_gold(gold: str) -> list[Any]:
+    """A gold answer is trusted: where it has markup of its own ($...$, boxes), math-verify reads it in all its ways."""
+    from math_verify import parse
+
+    return list(parse(gold, parsing_timeout=None)) if _MARKED_UP.search(gold) else _parse(gold)
+
+
+def _parse(answer: str) -> list[Any]:
+    """The whole text as one LaTeX expression, or as a percentage, never a part of it; last, the text itself."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    plain = normalise(answer)
+    if _PERCENTAGE.fullmatch(plain):
+        return list(parse(plain, [ExprExtractionConfig()], parsing_timeout=None))
+    return list(parse(f"\\boxed{{{visible(answer)}}}", [LatexExtractionConfig()], parsing_timeout=None))

@@ -1,0 +1,86 @@
+"""Errors that a person can cause or meet, and the exit code each one ends a command with.
+
+    PapoError
+    ├── UserError                 exit 2: the input is wrong; nothing was started, nothing is lost
+    │   ├── ParamsError           params.yaml, a preset or --set
+    │   ├── DataError             a problem set or a table: content, columns, schema version, truncation
+    │   ├── CheckpointError       a policy that is none, or not the one that was asked for
+    │   ├── MissingInputError     a stage whose predecessor has not run
+    │   ├── BusyError             another run holds this checkout
+    │   └── SetupError            git, DVC, disk, a missing optional dependency
+    └── StageError                exit 1: the stage ran and could not finish
+        └── FailedRowsError       more rows failed than the stage allows
+
+Every message answers three questions: what is wrong, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class PapoError(Exception):
+    """Base of every error that papo raises on purpose.
+
+    Args:
+        what: what is wrong, in one sentence.
+        where: the file, key, row or command concerned.
+        fix: what the person can do.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(what, where, fix)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  to do: {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def _rebuild(cls: type[PapoError], what: str, where: str, fix: str) -> PapoError:
+    return cls(what, where=where, fix=fix)
+
+
+class UserError(PapoError):
+    """The input is wrong; nothing was half-written."""
+
+    exit_code = 2
+
+
+class ParamsError(UserError):
+    """An unknown key, a wrong type or a value out of bounds in the params."""
+
+
+class DataError(UserError):
+    """A problem set or table that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint path or id that holds no usable policy."""
+
+
+class MissingInputError(UserError):
+    """An input of the stage is not there: its predecessor has not run."""
+
+
+class BusyError(UserError):
+    """Another run is going on in this checkout."""
+
+
+class SetupError(UserError):
+    """The machine lacks something: git, DVC, disk space, an optional dependency."""
+
+
+class StageError(PapoError):
+    """A stage started and could not finish."""
+
+
+class FailedRowsError(StageError):
+    """The share of failed rows is above the limit of the stage."""

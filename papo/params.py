@@ -1,0 +1,413 @@
+"""The params of every stage: one frozen model a stage, unknown keys refused, every bound stated on its field.
+
+`params.yaml` is the embedded default. A preset (a YAML file with some of the same keys) and `--set key=value` are laid over it, in
+that order; what results is validated as a whole. Importing this module needs neither torch nor any service.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from papo.errors import ParamsError
+
+Variant = Literal["orm", "prm", "mult", "fullnorm", "papo", "gdpo", "convex"]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+PRESETS = Path("infra/presets")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunParams(_Section):
+    """What the rounds share."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of sampling, training order and evaluation.")
+    rounds: int = Field(20, ge=1, le=10_000, description="Rounds of rollout, scoring, advantage and training.")
+
+
+class Tier(_Section):
+    """Problems of one difficulty: sums and differences with this many one-digit terms."""
+
+    min_terms: int = Field(ge=2, le=30)
+    max_terms: int = Field(ge=2, le=30)
+    problems: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Tier:
+        if self.min_terms > self.max_terms:
+            raise ValueError(f"min_terms {self.min_terms} is above max_terms {self.max_terms}")
+        return self
+
+
+class SumsParams(_Section):
+    """The generated problems and the traces that the embedded policy is warm-started on."""
+
+    train: Tier = Tier(min_terms=3, max_terms=7, problems=2048)
+    eval: dict[str, Tier] = Field(
+        default_factory=lambda: {
+            "sums-in-range": Tier(min_terms=3, max_terms=7, problems=200),
+            "sums-hard": Tier(min_terms=8, max_terms=8, problems=100),
+        }
+    )
+    traces: Positive = 20_000
+    wrong_step_share: Share = Field(0.03, description="Share of trace steps with a wrong result.")
+    merged_share: Share = Field(0.20, description="Share of traces that do two operations in one step.")
+    bare_share: Share = Field(0.30, description="Share of traces that state only the answer.")
+    bare_wrong_share: Share = Field(0.10, description="Share of bare answers that are wrong.")
+    verbose_share: Share = Field(0.15, description="Share of traces padded with true but irrelevant identities.")
+
+    @model_validator(mode="after")
+    def _shares(self) -> SumsParams:
+        total = self.merged_share + self.bare_share + self.verbose_share
+        if total > 1.0:
+            raise ValueError(f"merged_share + bare_share + verbose_share is {total:g}, above 1")
+        return self
+
+
+class ColumnsParams(_Section):
+    """Which column of a loaded data set holds what; dots reach into nested fields (`reward_model.ground_truth`)."""
+
+    prompt: str = "prompt"
+    answer: str = "answer"
+    reference_solution: str | None = None
+    tier: str | None = None
+    pass_rate: str | None = None
+
+
+class PrepareParams(_Section):
+    """Problem sets: generated, or loaded by a column mapping."""
+
+    source: str = Field("sums", min_length=1, description="`sums`, a local .jsonl or .parquet file, or a hub id.")
+    split: str = "train"
+    revision: str | None = None
+    seed: int = Field(0, ge=0, lt=2**31)
+    sums: SumsParams = SumsParams()
+    columns: ColumnsParams = ColumnsParams()
+    eval_sources: dict[str, str] = Field(default_factory=dict, description="Benchmark name -> file or hub id.")
+    eval_split: str = "test"
+    holdout: int = Field(0, ge=0, description="Without eval_sources: problems held out as benchmark `holdout`.")
+    max_problems: int | None = Field(None, ge=1)
+    prompt_template: str = "{prompt}"
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_prompt(cls, value: str) -> str:
+        if "{prompt}" not in value:
+            raise ValueError("must contain {prompt}")
+        return value
+
+
+class ModelParams(_Section):
+    """Shape of the embedded policy (a Llama decoder)."""
+
+    hidden_size: int = Field(96, ge=8, multiple_of=8)
+    intermediate_size: int = Field(256, ge=8)
+    layers: int = Field(3, ge=1, le=64)
+    heads: int = Field(3, ge=1)
+
+
+class WarmstartParams(_Section):
+    """The policy that round 0 samples from: trained on traces, or an existing checkpoint."""
+
+    checkpoint: str | None = None
+    revision: str | None = None
+    seed: int = Field(0, ge=0, lt=2**31)
+    model: ModelParams = ModelParams()
+    steps: Positive = 1000
+    batch_size: Positive = 64
+    microbatch: Positive = 16
+    learning_rate: float = Field(1.5e-3, gt=0)
+    warmup_share: Share = 0.05
+
+
+class RolloutParams(_Section):
+    """G samples a prompt from the policy of the round."""
+
+    engine: Literal["transformers"] = "transformers"
+    prompts_per_round: Positive = 48
+    group_size: int = Field(8, ge=2, le=1024, description="G; a group of 1 has no advantage.")
+    temperature: float = Field(1.0, ge=0.0, le=10.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    max_prompt_tokens: Positive = 2048
+    max_new_tokens: Positive = 96
+    prompts_per_shard: Positive = Field(48, description="Prompts sampled as one batch and stored as one shard.")
+    max_failed_share: Share = 0.05
+
+    @model_validator(mode="after")
+    def _sampled(self) -> RolloutParams:
+        if self.temperature == 0.0:
+            raise ValueError(
+                f"temperature 0 with group_size {self.group_size} gives {self.group_size} equal samples a prompt "
+                "and no advantage; use a temperature above 0"
+            )
+        if self.top_p < 1.0:
+            raise ValueError(
+                "top_p below 1 samples from a truncated distribution, whose log-probs training would not match; use 1.0"
+            )
+        return self
+
+
+class ScoreOrmParams(_Section):
+    """Outcome: is the last boxed answer equal to the gold answer?"""
+
+    verifier: Literal["math-verify"] = "math-verify"
+    timeout_s: float = Field(3.0, gt=0.0, le=600.0, description="Limit for one pair of answers.")
+    workers: int = Field(1, ge=1, le=256, description="Child processes for what strings and integers do not settle.")
+    max_failed_share: Share = 0.05
+
+
+class ScorePrmParams(_Section):
+    """Process: how good is the reasoning?"""
+
+    judge: Literal["steps", "steps-gullible"] = "steps"
+    max_failed_share: Share = 0.2
+
+
+class AdvantageParams(_Section):
+    """Decoupled advantages: arXiv 2603.26535, Eq. 3 to 5, and its variants."""
+
+    variant: Variant = "papo"
+    lam: float = Field(1.0, ge=0.0, le=100.0, description="Weight of the process advantage.")
+    scale: Literal["std", "mean_only"] = "std"
+    eps: float = Field(1e-6, gt=0.0, le=1.0)
+    guard: Literal["none", "rank"] = "none"
+
+    @model_validator(mode="after")
+    def _convex(self) -> AdvantageParams:
+        if self.variant == "convex" and self.lam > 1.0:
+            raise ValueError(f"variant convex needs lam between 0 and 1, got {self.lam:g}")
+        if self.guard == "rank" and self.variant in ("prm", "mult"):
+            raise ValueError(f"guard rank has no outcome advantage to rank by in variant {self.variant}")
+        return self
+
+
+class TrainParams(_Section):
+    """One pass over the advantages of a round."""
+
+    learning_rate: float = Field(1e-4, gt=0.0, le=1.0)
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0.0)
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    clip_low: float = Field(0.2, gt=0.0, lt=1.0)
+    clip_high: float = Field(0.28, gt=0.0)
+    loss: Literal["token_mean", "sequence_mean"] = "token_mean"
+    minibatch_prompts: int = Field(16, ge=1, description="Prompts in one optimizer step.")
+    microbatch: int = Field(128, ge=1, description="Responses in one forward pass.")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+
+
+class EvaluateParams(_Section):
+    """avg@k and pass@k of the warm start and the final policy."""
+
+    benchmarks: tuple[str, ...] = Field(("sums-in-range", "sums-hard"), min_length=1)
+    samples_per_problem: int = Field(4, ge=1, le=1024)
+    temperature: float = Field(0.7, ge=0.0, le=10.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    max_new_tokens: Positive = 128
+    problems_per_shard: Positive = Field(200, description="Problems sampled as one batch and stored as one shard.")
+    confidence: float = Field(0.95, gt=0.0, lt=1.0)
+    every: int = Field(0, ge=0, description="Also evaluate every n-th round; 0: only warm start and final policy.")
+
+    @model_validator(mode="after")
+    def _sampled(self) -> EvaluateParams:
+        if self.temperature == 0.0 and self.samples_per_problem > 1:
+            raise ValueError(f"temperature 0 with samples_per_problem {self.samples_per_problem} repeats one sample")
+        return self
+
+
+class ReportParams(_Section):
+    """The static page."""
+
+    title: str = "PAPO"
+
+
+class TrackingParams(_Section):
+    """Where the record goes. Never part of a stage's identity: tracking changes no result."""
+
+    enabled: bool = True
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "papo"
+
+
+class Params(_Section):
+    """All sections; see params.yaml."""
+
+    run: RunParams = RunParams()
+    prepare: PrepareParams = PrepareParams()
+    warmstart: WarmstartParams = WarmstartParams()
+    rollout: RolloutParams = RolloutParams()
+    score_orm: ScoreOrmParams = ScoreOrmParams()
+    score_prm: ScorePrmParams = ScorePrmParams()
+    advantage: AdvantageParams = AdvantageParams()
+    train: TrainParams = TrainParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    report: ReportParams = ReportParams()
+    tracking: TrackingParams = TrackingParams()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Params:
+        if self.rollout.prompts_per_round % self.train.minibatch_prompts:
+            raise ValueError(
+                f"rollout.prompts_per_round ({self.rollout.prompts_per_round}) must be a multiple of "
+                f"train.minibatch_prompts ({self.train.minibatch_prompts})"
+            )
+        made = self._benchmarks_made()
+        for name in self.evaluate.benchmarks:
+            if name not in made:
+                raise ValueError(f"evaluate.benchmarks: {name} is not made by prepare, which makes {', '.join(made)}")
+        return self
+
+    def _benchmarks_made(self) -> list[str]:
+        if self.prepare.source == "sums":
+            return list(self.prepare.sums.eval)
+        return [*self.prepare.eval_sources, *(["holdout"] if self.prepare.holdout else [])]
+
+    @property
+    def evaluated_rounds(self) -> list[int]:
+        """Rounds whose policies are evaluated: every `evaluate.every`-th and the last."""
+        last, every = self.run.rounds - 1, self.evaluate.every
+        return [*(range(every - 1, last, every) if every else ()), last]
+
+    def flat(self) -> dict[str, Any]:
+        """`section.key` -> value, as MLflow and `papo params` show them."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+
+def load_params(
+    base: Path | None = Path("params.yaml"), *, preset: Path | str | None = None, overrides: Sequence[str] = ()
+) -> Params:
+    """Reads `base`, lays the preset and then the `key=value` overrides over it, and validates the result.
+
+    Args:
+        base: the params file; None starts from the defaults of the models.
+        preset: a YAML file, or the name of one under infra/presets.
+        overrides: `section.key=value`; the value is read as YAML.
+
+    Raises:
+        ParamsError: naming the file or the override, the key, the bound, and the nearest valid key.
+    """
+    values: dict[str, Any] = _read(base) if base is not None else {}
+    origin = str(base) if base is not None else "defaults"
+    if preset is not None:
+        path = _preset_path(preset)
+        values = _merge(values, _read(path))
+        origin = f"{origin} + {path}"
+    for override in overrides:
+        values = _merge(values, _parse_override(override))
+    if overrides:
+        origin = f"{origin} + --set {' '.join(overrides)}"
+    return validate_params(values, origin=origin)
+
+
+def validate_params(values: Mapping[str, Any], *, origin: str) -> Params:
+    """`Params` of a mapping; every problem in it is named in one ParamsError."""
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        problems = [_problem(item, values) for item in error.errors(include_url=False)]
+        raise ParamsError(
+            "the params are not valid:\n" + "\n".join(f"  - {problem}" for problem in problems),
+            where=origin,
+            fix="correct the keys named above; `papo params` prints every key with its value",
+        ) from None
+
+
+def _problem(item: Any, values: Mapping[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        siblings = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], siblings, n=1)
+        hint = f"did you mean {'.'.join([*location[:-1], close[0]])}?" if close else f"known: {', '.join(siblings)}"
+        return f"{key}: no such key; {hint}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "value_error" and isinstance(item["input"], Mapping | BaseModel):
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message[:1].lower()}{message[1:]}, got {item['input']!r}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] | None = Params
+    for part in location:
+        field = model.model_fields.get(part) if model is not None else None
+        annotation = field.annotation if field is not None else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return list(model.model_fields) if model is not None else []
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(
+            "there is no such params file", where=str(path), fix="run papo in the project's folder, or name the file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"not readable as YAML: {error}", where=str(path), fix="correct the file") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ParamsError(
+            f"holds a {type(content).__name__}, not sections with keys", where=str(path), fix="see params.yaml"
+        )
+    return content
+
+
+def _preset_path(preset: Path | str) -> Path:
+    path = Path(preset)
+    if path.exists():
+        return path
+    named = PRESETS / f"{preset}.yaml"
+    if named.exists():
+        return named
+    known = sorted(item.stem for item in PRESETS.glob("*.yaml"))
+    raise ParamsError(
+        f"there is no preset {str(preset)!r}",
+        where="--preset",
+        fix=f"name a YAML file or one of: {', '.join(known) or 'none in ' + str(PRESETS)}",
+    )
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator or not all(part.strip() for part in key.split(".")):
+        raise ParamsError(f"not of the form key=value: {override!r}", where="--set", fix="e.g. --set advantage.lam=0.5")
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ParamsError(f"the value is not readable as YAML: {error}", where=f"--set {key}", fix="quote it") from None
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def to_json(model: BaseModel) -> str:
+    """The canonical JSON of a section: sorted keys, no spaces; what fingerprints are made of."""
+    return json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,230 @@
+"""The pipeline as a list of steps, and how each is run: its params, inputs, output and engine. Used by the CLI, DVC and the flows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from papo.errors import MissingInputError, ParamsError
+from papo.params import Params
+from papo.stages import advantage, evaluate, prepare, report, rollout, score_orm, score_prm, train, warmstart
+from papo.store.layout import Workspace
+from papo.store.manifest import Context, Manifest
+
+T = TypeVar("T")
+
+ROUND_STAGES = ("rollout", "score_orm", "score_prm", "advantage", "train")
+STAGES = ("prepare", "warmstart", *ROUND_STAGES, "evaluate", "report")
+CODE = {
+    "prepare": prepare.CODE,
+    "warmstart": warmstart.CODE,
+    "rollout": rollout.CODE,
+    "score_orm": score_orm.CODE,
+    "score_prm": score_prm.CODE,
+    "advantage": advantage.CODE,
+    "train": train.CODE,
+    "evaluate": evaluate.CODE,
+    "report": report.CODE,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One stage, of one round where it belongs to a round."""
+
+    stage: str
+    round: int | None = None
+
+    @property
+    def command(self) -> str:
+        name = self.stage.replace("_", "-")
+        return f"papo {name}" if self.round is None else f"papo {name} --round {self.round}"
+
+    def __str__(self) -> str:
+        return self.stage if self.round is None else f"{self.stage} {self.round}"
+
+
+def steps(params: Params) -> Iterator[Step]:
+    """Every step of a run, in order."""
+    yield from (Step("prepare"), Step("warmstart"))
+    for round_ in range(params.run.rounds):
+        yield from (Step(stage, round_) for stage in ROUND_STAGES)
+    yield from (Step("evaluate"), Step("report"))
+
+
+def run_step(step: Step, params: Params, workspace: Workspace, context: Context) -> Manifest:
+    """Runs one step, or finds that there is nothing to do.
+
+    Raises:
+        ParamsError: the step's round is missing, or not one of the run's.
+        MissingInputError: naming the file and the command that makes it.
+    """
+    if (step.stage in ROUND_STAGES) != (step.round is not None):
+        needs = "needs --round" if step.round is None else "takes no --round"
+        raise ParamsError(f"{step.stage} {needs}", where="command line", fix=f"stages with rounds: {ROUND_STAGES}")
+    if step.round is not None and not 0 <= step.round < params.run.rounds:
+        raise ParamsError(
+            f"there is no round {step.round}: run.rounds is {params.run.rounds}",
+            where="--round",
+            fix=f"use 0 to {params.run.rounds - 1}, or raise run.rounds",
+        )
+    run: dict[str, Any] = {
+        "prepare": _prepare,
+        "warmstart": _warmstart,
+        "rollout": _rollout,
+        "score_orm": _score_orm,
+        "score_prm": _score_prm,
+        "advantage": _advantage,
+        "train": _train,
+        "evaluate": _evaluate,
+        "report": _report,
+    }
+    manifest: Manifest = run[step.stage](params, workspace, context, step.round)
+    return manifest
+
+
+def _prepare(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
+    from papo.engines.sources import make_source
+
+    inputs = prepare.Inputs(files=prepare.local_files(params.prepare))
+    return prepare.run(params.prepare, inputs, workspace.problems, engine=make_source(params.prepare), context=context)
+
+
+def _warmstart(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
+    from papo.engines.warmstart import make_warm_starter
+
+    inputs = _there(warmstart.Inputs(traces=workspace.traces), workspace)
+    engine = make_warm_starter(params.warmstart)
+    return warmstart.run(params.warmstart, inputs, workspace.warmstart, engine=engine, context=context)
+
+
+def _rollout(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+    from papo.engines.samplers import make_sampler
+
+    p = params.rollout
+    policy = workspace.policy(round_ - 1)
+    inputs = rollout.Inputs(round=round_, seed=params.run.seed, problems=workspace.train_problems, policy=policy)
+    sampler = make_sampler(
+        p.engine, policy, temperature=p.temperature, top_p=p.top_p,
+        max_prompt_tokens=p.max_prompt_tokens, max_new_tokens=p.max_new_tokens,
+    )  # fmt: skip
+    out = workspace.table(round_, "rollouts")
+    return rollout.run(p, _there(inputs, workspace), out, engine=sampler, context=context)
+
+
+def _score_orm(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+    from papo.engines.verifiers import make_verifier
+
+    inputs = score_orm.Inputs(
+        round=round_, rollouts=workspace.table(round_, "rollouts"), problems=workspace.train_problems
+    )
+    engine = make_verifier(params.score_orm)
+    out = workspace.table(round_, "orm")
+    return score_orm.run(params.score_orm, _there(inputs, workspace), out, engine=engine, context=context)
+
+
+def _score_prm(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+    from papo.engines.judges import make_judge
+
+    inputs = score_prm.Inputs(
+        round=round_,
+        variant=params.advantage.variant,
+        rollouts=workspace.table(round_, "rollouts"),
+        orm=workspace.table(round_, "orm"),
+        problems=workspace.train_problems,
+    )
+    engine = make_judge(params.score_prm)
+    out = workspace.table(round_, "prm")
+    return score_prm.run(params.score_prm, _there(inputs, workspace), out, engine=engine, context=context)
+
+
+def _advantage(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+    rollouts, orm, prm = (workspace.table(round_, name) for name in ("rollouts", "orm", "prm"))
+    inputs = advantage.Inputs(round=round_, rollouts=rollouts, orm=orm, prm=prm)
+    out = workspace.table(round_, "advantages")
+    return advantage.run(params.advantage, _there(inputs, workspace), out, context=context)
+
+
+def _train(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+    from papo.engines.trainer import GrpoTrainer
+
+    inputs = train.Inputs(
+        round=round_,
+        seed=params.run.seed,
+        rollouts=workspace.table(round_, "rollouts"),
+        advantages=workspace.table(round_, "advantages"),
+        policy=workspace.policy(round_ - 1),
+        state=workspace.trainer(round_ - 1) if round_ else None,
+        temperature=params.rollout.temperature,
+    )
+    engine = GrpoTrainer(params.train, temperature=params.rollout.temperature, seed=params.run.seed)
+    return train.run(params.train, _there(inputs, workspace), workspace.policy(round_), engine=engine, context=context)
+
+
+def _evaluate(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
+    from papo.engines.samplers import make_sampler
+    from papo.engines.verifiers import make_verifier
+
+    p = params.evaluate
+    *between, last = params.evaluated_rounds
+    policies = {"warmstart": workspace.warmstart} | {f"round-{k}": workspace.policy(k) for k in between}
+    inputs = evaluate.Inputs(
+        seed=params.run.seed,
+        policies=policies | {"final": workspace.policy(last)},
+        benchmarks={name: workspace.benchmark(name) for name in p.benchmarks},
+    )
+    engine = evaluate.Engine(
+        sampler=lambda policy: make_sampler(
+            params.rollout.engine, policy, temperature=p.temperature, top_p=p.top_p,
+            max_prompt_tokens=params.rollout.max_prompt_tokens, max_new_tokens=p.max_new_tokens,
+        ),
+        verifier=make_verifier(params.score_orm),
+    )  # fmt: skip
+    return evaluate.run(p, _there(inputs, workspace), workspace.evaluation, engine=engine, context=context)
+
+
+def _report(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
+    inputs = report.Inputs(
+        params={key: value for key, value in params.flat().items() if not key.startswith("tracking.")},
+        advantages=_manifests(workspace, params, "advantages.parquet"),
+        training=_manifests(workspace, params, "policy"),
+        evaluation=workspace.evaluation / "metrics.json",
+    )
+    return report.run(params.report, _there(inputs, workspace), workspace.report, context=context)
+
+
+def _manifests(workspace: Workspace, params: Params, output: str) -> dict[str, Path]:
+    from papo.store.layout import manifest_path
+
+    return {str(k): manifest_path(workspace.round(k) / output) for k in range(params.run.rounds)}
+
+
+def _there(inputs: T, workspace: Workspace) -> T:
+    """`inputs`, all of whose files exist."""
+    for path in _paths(inputs):
+        if not path.exists():
+            raise MissingInputError(
+                "an input of this stage is not there",
+                where=str(path),
+                fix=f"run `{_maker(path, workspace)}` first, or the whole pipeline with `papo run`",
+            )
+    return inputs
+
+
+def _paths(inputs: Any) -> Iterator[Path]:
+    for field in dataclasses.fields(inputs):
+        value = getattr(inputs, field.name)
+        yield from (item for item in (value.values() if isinstance(value, dict) else [value]) if isinstance(item, Path))
+
+
+def _maker(path: Path, workspace: Workspace) -> str:
+    """The command that makes a file of the workspace."""
+    parts = path.relative_to(workspace.root).parts
+    if parts[0] == "data":
+        return Step("prepare").command
+    if parts[1] == "rounds":
+        stages = {"rollouts": "rollout", "orm": "score_orm", "prm": "score_prm", "advantages": "advantage"}
+        return Step(stages.get(parts[3].split(".")[0], "train"), int(parts[2])).command
+    return Step({"warmstart": "warmstart", "evaluation": "evaluate"}.get(parts[1], "report")).command

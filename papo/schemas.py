@@ -1,0 +1,148 @@
+"""The tables: columns, types and a version for each. Rows are the contract between stages."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+KEY = ("round", "problem_id", "sample_index")
+
+# What can happen to a row. A status never stands for a number: where it is not `ok`, the score is null.
+OK = "ok"
+ORM_STATUSES = ("ok", "no_answer", "unparsable_gold", "timeout", "error")
+PRM_STATUSES = ("ok", "not_asked", "timeout", "refused", "unparsable", "error")
+FAILED_STATUSES = frozenset({"unparsable_gold", "timeout", "refused", "unparsable", "error"})
+
+
+@dataclass(frozen=True)
+class Table:
+    """Name, version and columns of a table; `nullable` columns may hold nulls, the others may not."""
+
+    name: str
+    version: int
+    columns: tuple[tuple[str, pa.DataType], ...]
+    nullable: frozenset[str] = frozenset()
+
+    @property
+    def schema(self) -> pa.Schema:
+        fields = [pa.field(name, kind, nullable=name in self.nullable) for name, kind in self.columns]
+        return pa.schema(fields, metadata={"papo.table": self.name, "papo.version": str(self.version)})
+
+
+_KEY_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
+    ("round", pa.int32()),
+    ("problem_id", pa.string()),
+    ("sample_index", pa.int32()),
+)
+
+PROBLEMS = Table(
+    "problems",
+    1,
+    (
+        ("problem_id", pa.string()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("reference_solution", pa.string()),
+        ("source", pa.string()),
+        ("tier", pa.string()),
+        ("pass_rate", pa.float64()),
+        ("split", pa.string()),
+    ),
+    frozenset({"reference_solution", "tier", "pass_rate"}),
+)
+
+TRACES = Table("traces", 1, (("prompt", pa.string()), ("completion", pa.string())))
+
+ROLLOUTS = Table(
+    "rollouts",
+    1,
+    (
+        *_KEY_COLUMNS,
+        ("prompt", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion", pa.string()),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),  # stop | length
+        ("policy_digest", pa.string()),
+        ("temperature", pa.float64()),
+        ("top_p", pa.float64()),
+        ("seed", pa.uint64()),
+    ),
+)
+
+ORM = Table(
+    "orm",
+    1,
+    (*_KEY_COLUMNS, ("orm_score", pa.float64()), ("extracted", pa.string()), ("status", pa.string())),
+    frozenset({"orm_score", "extracted"}),
+)
+
+PRM = Table(
+    "prm",
+    1,
+    (
+        *_KEY_COLUMNS,
+        ("prm_score", pa.float64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("votes", pa.list_(pa.float64())),
+        ("judge", pa.string()),
+        ("rubric", pa.string()),
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("cached", pa.bool_()),
+    ),
+    frozenset({"prm_score"}),
+)
+
+ADVANTAGES = Table(
+    "advantages",
+    1,
+    (
+        *_KEY_COLUMNS,
+        ("outcome_advantage", pa.float32()),
+        ("process_advantage", pa.float32()),
+        ("advantage", pa.float32()),
+        ("token_advantages", pa.list_(pa.float32())),
+    ),
+    frozenset({"token_advantages"}),
+)
+
+EVALUATION = Table(
+    "evaluation",
+    1,
+    (
+        ("policy", pa.string()),  # warmstart | final | round-<k>
+        ("policy_digest", pa.string()),
+        ("problem_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("tier", pa.string()),
+        ("completion", pa.string()),
+        ("completion_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("orm_score", pa.float64()),
+        ("extracted", pa.string()),
+        ("status", pa.string()),
+        ("seed", pa.uint64()),
+    ),
+    frozenset({"tier", "orm_score", "extracted"}),
+)
+
+TABLES = {table.name: table for table in (PROBLEMS, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, EVALUATION)}
+
+
+def problem_id(prompt: str, answer: str) -> str:
+    """Sixteen hex digits of the SHA-256 of the problem's content: the same problem has the same id in every data set."""
+    return hashlib.sha256(f"{prompt}\0{answer}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def row_seed(seed: int, round_: int, problem: str, sample_index: int) -> int:
+    """Seed of one sample: 64 bits of the SHA-256 of (run seed, round, problem_id, sample_index).
+
+    Neither the order of the rows, nor the batch they are sampled in, nor a restart changes it.
+    """
+    text = f"{seed}\0{round_}\0{problem}\0{sample_index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

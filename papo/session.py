@@ -1,0 +1,174 @@
+"""One run of the pipeline in a workspace: who holds it, what it is a run of, its record, and where its time went."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from papo.engines.protocols import Tracker
+from papo.engines.versioning import Dvc, git_commit
+from papo.params import Params, to_json
+from papo.pipeline import CODE, Step, run_step
+from papo.store.files import digest, read_json
+from papo.store.layout import Workspace, manifest_path
+from papo.store.lock import exclusive
+from papo.store.manifest import Context, Manifest, code_digest
+
+# What counts as work when the overhead of a run is stated: policy, verifier and judge.
+WORK = ("warmstart", "rollout", "score_orm", "score_prm", "train", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a person wants to know at the end of a run."""
+
+    evaluation: dict[str, Any]
+    first: dict[str, float]
+    last: dict[str, float]
+    seconds: dict[str, float]
+    total_seconds: float
+    ran: int
+    skipped: int
+    report: Path
+    link: str | None
+    dvc: str
+
+    @property
+    def overhead_share(self) -> float:
+        """Share of the wall time, from the start of the process, that is not policy, verifier or judge work."""
+        return 1.0 - sum(self.seconds.get(stage, 0.0) for stage in WORK) / self.total_seconds
+
+
+class Session:
+    """Holds the workspace from `with` to the end of it; `step` runs one step, `finish` closes the record.
+
+    Args:
+        dvc: records the outputs with DVC at the end, so that `dvc status` is clean; None where the outputs are not DVC's.
+        tags: further tags of the record, such as the id of the flow run.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        workspace: Workspace,
+        *,
+        name: str,
+        tracker: Tracker,
+        context: Context,
+        dvc: Dvc | None = None,
+        tags: Mapping[str, str] | None = None,
+        wait_s: float = 0.0,
+    ) -> None:
+        self.params, self.workspace, self.context = params, workspace, context
+        self._name, self._tracker, self._dvc, self._tags = name, tracker, dvc, dict(tags or {})
+        self._lock = exclusive(workspace, wait_s=wait_s)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._ran = self._skipped = 0
+        self._finished = False
+        self.lineage = lineage(params)
+
+    def __enter__(self) -> Session:
+        if self._dvc is not None:
+            self._dvc.check()
+        self._lock.__enter__()
+        tags = {"papo.lineage": self.lineage, "papo.workspace": str(self.workspace.root.resolve()), **self._tags}
+        if commit := git_commit(self.workspace.root):
+            tags["papo.git_commit"] = commit
+        self._tracker.start(self._name, self.params.flat(), tags)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if not self._finished:
+                self._tracker.finish("KILLED" if kind is KeyboardInterrupt else "FAILED", {})
+        finally:
+            self._lock.__exit__(kind, error, trace)
+
+    def step(self, step: Step) -> Manifest:
+        """Runs one step; its manifest goes on the record unless the step had been done before."""
+        manifest = run_step(step, self.params, self.workspace, self.context)
+        if manifest.skipped:
+            self._skipped += 1
+            return manifest
+        self._ran += 1
+        self._seconds[step.stage] += manifest.seconds
+        self._tracker.stage(step.stage, step.round, manifest.model_dump(mode="json"))
+        return manifest
+
+    def finish(self) -> Summary:
+        """Records outputs with DVC and the result with the tracker."""
+        evaluation = read_json(self.workspace.evaluation / "metrics.json")
+        metrics = {
+            f"{benchmark}/{policy}/avg_at_k": values["avg_at_k"]["value"]
+            for benchmark, policies in evaluation.items()
+            for policy, values in policies.items()
+            if policy != "gain"
+        }
+        if self._ran:
+            self._tracker.artifact(self.workspace.report)
+            final = {name.split("/")[0]: value for name, value in metrics.items() if "/final/" in name}
+            self._tracker.policy(self.workspace.policy(self.params.run.rounds - 1), "final", final)
+        dvc = self._dvc.commit() if self._dvc is not None else "not recorded with DVC"
+        if (lock := self.workspace.root / "dvc.lock").is_file():
+            self._tracker.tag("papo.dvc_lock", digest(lock))
+        first, last = (self._signals(round_) for round_ in (0, self.params.run.rounds - 1))
+        summary = Summary(
+            evaluation=evaluation,
+            first=first,
+            last=last,
+            seconds=dict(self._seconds),
+            total_seconds=time.time() - psutil.Process().create_time(),
+            ran=self._ran,
+            skipped=self._skipped,
+            report=self.workspace.report / "index.html",
+            link=self._tracker.link(),
+            dvc=dvc,
+        )
+        self._tracker.finish("FINISHED", metrics | {"overhead_share": summary.overhead_share})
+        self._finished = True
+        return summary
+
+    def _signals(self, round_: int) -> dict[str, float]:
+        return Manifest.read(self.workspace.table(round_, "advantages")).metrics
+
+
+def lineage(params: Params) -> str:
+    """Twelve hex digits that name what a run is a run of: its params, but for tracking, and the code of every stage."""
+    identity = {"params": json.loads(to_json(params)), "code": {stage: code_digest(CODE[stage]) for stage in CODE}}
+    del identity["params"]["tracking"]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def share_start(source: Workspace, target: Workspace) -> None:
+    """Links the problem sets and the warm start of one workspace into another, so that a run beside it does not make them again.
+
+    Nothing is assumed of them: the stages compare params, inputs, code and digests, and run where something differs.
+    """
+    for output in (source.problems, source.warmstart):
+        copy = target.root / output.relative_to(source.root)
+        manifest = manifest_path(output)
+        if copy.exists() or not manifest.is_file():
+            continue
+        shutil.copytree(output, copy, copy_function=_link)
+        _link(manifest, manifest_path(copy))
+
+
+def _link(source: Path | str, target: Path | str) -> None:
+    # Files are only ever replaced, never written in place, so two workspaces can hold the same one.
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

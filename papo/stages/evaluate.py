@@ -1,0 +1,160 @@
+"""evaluate: avg@k and pass@k of the warm start, the final policy and those in between that were asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from papo.core.statistics import Estimate, avg_at_k, paired_bootstrap, pass_at_k
+from papo.engines.protocols import Sampler, SampleRequest, Verifier
+from papo.params import EvaluateParams
+from papo.schemas import EVALUATION, PROBLEMS, row_seed
+from papo.store.files import digest, write_json
+from papo.store.manifest import Context, Manifest, Task
+from papo.store.tables import read_rows, write_rows
+
+CODE = (
+    "stages/evaluate.py",
+    "core/groups.py",
+    "core/statistics.py",
+    "core/answers.py",
+    "engines/samplers",
+    "engines/policy.py",
+    "engines/verifiers",
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """`policies` by name: `warmstart`, `round-<k>`, `final`; `benchmarks` by name."""
+
+    seed: int
+    policies: dict[str, Path]
+    benchmarks: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A sampler for the policy in a folder, and the verifier of its answers."""
+
+    sampler: Callable[[Path], Sampler]
+    verifier: Verifier
+
+
+def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, context: Context = Context()) -> Manifest:
+    """Writes <benchmark>.parquet and metrics.json to the folder `out`.
+
+    A sample that has no verdict counts as wrong, so that a failing verifier never makes a policy look better.
+    """
+    tables = [out / f"{name}.parquet" for name in inputs.benchmarks]
+    task = Task("evaluate", params, inputs, [out / "metrics.json", *tables], code=CODE, context=context)
+    if done := task.done():
+        return done
+    samplers = {name: engine.sampler(path) for name, path in inputs.policies.items()}
+    problems = {name: read_rows(path, PROBLEMS) for name, path in inputs.benchmarks.items()}
+    total = len(samplers) * params.samples_per_problem * sum(map(len, problems.values()))
+    metrics: dict[str, Any] = {}
+    counts: Counter[str] = Counter()
+    with context.progress("evaluate", total) as progress:
+        shard = 0
+        for name, asked in problems.items():
+            rows: list[dict[str, Any]] = []
+            for policy, sampler in samplers.items():
+                for start in range(0, len(asked), params.problems_per_shard):
+                    part = asked[start : start + params.problems_per_shard]
+                    make = _sampling(params, inputs, policy, part, sampler, engine.verifier, progress)
+                    rows += task.shard(shard, EVALUATION, make).to_pylist()
+                    shard += 1
+            write_rows(out / f"{name}.parquet", EVALUATION, rows)
+            metrics[name] = _metrics(rows, params, inputs)
+            counts.update(row["status"] for row in rows)
+    write_json(out / "metrics.json", metrics)
+    flat = {
+        f"{benchmark}/{policy}/avg_at_k": values["avg_at_k"]["value"]
+        for benchmark, policies in metrics.items()
+        for policy, values in policies.items()
+        if "avg_at_k" in values
+    }
+    versions = next(iter(samplers.values())).versions() | engine.verifier.versions()
+    return task.finish(rows=total, counts=counts, metrics=flat, versions=versions)
+
+
+def _sampling(
+    params: EvaluateParams, inputs: Inputs, policy: str, problems: list[dict[str, Any]],
+    sampler: Sampler, verifier: Verifier, progress: Callable[[int], None],
+) -> Callable[[], list[dict[str, Any]]]:  # fmt: skip
+    def make() -> list[dict[str, Any]]:
+        keys = [(problem, index) for problem in problems for index in range(params.samples_per_problem)]
+        # Round -1: the seeds of evaluation are none of training's, and the same for every policy.
+        seeds = [row_seed(inputs.seed, -1, problem["problem_id"], index) for problem, index in keys]
+        requests = [SampleRequest(problem["prompt"], seed) for (problem, _), seed in zip(keys, seeds, strict=True)]
+        samples = sampler.sample(requests, progress)
+        pairs = [(problem["answer"], sample.completion) for (problem, _), sample in zip(keys, samples, strict=True)]
+        verdicts = verifier.verify(pairs, lambda done: None)
+        return [
+            {
+                "policy": policy,
+                "policy_digest": digest(inputs.policies[policy]),
+                "problem_id": problem["problem_id"],
+                "sample_index": index,
+                "tier": problem["tier"],
+                "completion": sample.completion,
+                "completion_tokens": len(sample.completion_ids),
+                "finish_reason": sample.finish_reason,
+                "orm_score": verdict.score,
+                "extracted": verdict.extracted,
+                "status": verdict.status,
+                "seed": seed,
+            }
+            for (problem, index), seed, sample, verdict in zip(keys, seeds, samples, verdicts, strict=True)
+        ]
+
+    return make
+
+
+def _metrics(rows: list[dict[str, Any]], params: EvaluateParams, inputs: Inputs) -> dict[str, Any]:
+    by_policy = {name: [row for row in rows if row["policy"] == name] for name in inputs.policies}
+    metrics: dict[str, Any] = {name: _policy_metrics(mine, params) for name, mine in by_policy.items()}
+    first, last = by_policy[next(iter(by_policy))], by_policy["final"]
+    gain = paired_bootstrap(
+        _scores(last), _ids(last), _scores(first), _ids(first),
+        seed=inputs.seed, confidence=params.confidence, missing="wrong",
+    )  # fmt: skip
+    return metrics | {"gain": _plain(gain)}
+
+
+def _policy_metrics(rows: list[dict[str, Any]], params: EvaluateParams) -> dict[str, Any]:
+    k, confidence = params.samples_per_problem, params.confidence
+    metrics = {
+        "avg_at_k": _plain(avg_at_k(_scores(rows), _ids(rows), confidence=confidence, missing="wrong")),
+        "pass_at_k": _plain(pass_at_k(_scores(rows), _ids(rows), k, confidence=confidence, missing="wrong")),
+        "k": k,
+        "length_mean": float(np.mean([row["completion_tokens"] for row in rows])),
+        "truncated_share": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        "no_answer_share": sum(row["status"] == "no_answer" for row in rows) / len(rows),
+    }
+    tiers = sorted({row["tier"] for row in rows if row["tier"] is not None})
+    return metrics | {"tiers": {tier: _tier(rows, tier, confidence) for tier in tiers}}
+
+
+def _tier(rows: list[dict[str, Any]], tier: str, confidence: float) -> dict[str, Any]:
+    mine = [row for row in rows if row["tier"] == tier]
+    return _plain(avg_at_k(_scores(mine), _ids(mine), confidence=confidence, missing="wrong"))
+
+
+def _scores(rows: list[dict[str, Any]]) -> list[float]:
+    return [float("nan") if row["orm_score"] is None else row["orm_score"] for row in rows]
+
+
+def _ids(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["problem_id"] for row in rows]
+
+
+def _plain(estimate: Estimate) -> dict[str, Any]:
+    """As JSON has it: an interval that cannot be computed is null."""
+    return {name: None if value != value else value for name, value in estimate._asdict().items()}

@@ -1,0 +1,39 @@
+"""Checks on rows that stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from papo.errors import DataError, FailedRowsError
+from papo.schemas import FAILED_STATUSES
+
+
+def check_failures(stage: str, statuses: Mapping[str, int], limit: float) -> None:
+    """Stops the stage when the share of failed rows is above `limit`.
+
+    Raises:
+        FailedRowsError: naming the causes and how many rows each has.
+    """
+    failed = {status: count for status, count in statuses.items() if status in FAILED_STATUSES}
+    total = sum(statuses.values())
+    if sum(failed.values()) > limit * total:
+        causes = ", ".join(f"{count} {status}" for status, count in sorted(failed.items()))
+        raise FailedRowsError(
+            f"{sum(failed.values())} of {total} rows failed: {causes}",
+            where=f"stage {stage}, limit {limit:.0%}",
+            fix=f"remove the cause, or raise {stage}.max_failed_share",
+        )
+
+
+def check_aligned(rollouts: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuses a table whose rows are not those of the rollouts, in their order."""
+    keys = [(row["problem_id"], row["sample_index"]) for row in rollouts]
+    others = [(row["problem_id"], row["sample_index"]) for row in other]
+    if keys != others:
+        raise DataError(
+            f"its {len(others)} rows are not the {len(keys)} rows of the rollouts",
+            where=str(path),
+            fix="run the stage that makes it again",
+        )

@@ -1,0 +1,75 @@
+"""score_orm: the outcome of each response, 1 or 0, or missing with a status that says why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from papo.engines.protocols import Verifier
+from papo.errors import DataError
+from papo.params import ScoreOrmParams
+from papo.schemas import ORM, PROBLEMS, ROLLOUTS
+from papo.stages.rows import check_failures
+from papo.store.manifest import Context, Manifest, Task
+from papo.store.tables import read_columns, write_rows
+
+CODE = ("stages/score_orm.py", "stages/rows.py", "engines/verifiers", "core/answers.py")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    round: int
+    rollouts: Path
+    problems: Path
+
+
+def run(
+    params: ScoreOrmParams, inputs: Inputs, out: Path, *, engine: Verifier, context: Context = Context()
+) -> Manifest:
+    """Writes one outcome a response to `out`.
+
+    Raises:
+        FailedRowsError: more than `max_failed_share` of the rows have no score.
+    """
+    task = Task("score_orm", params, inputs, [out], code=CODE, context=context)
+    if done := task.done():
+        return done
+    rollouts = read_columns(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "completion")
+    answers = gold_answers(inputs.problems, {row["problem_id"] for row in rollouts})
+    with context.progress(f"score_orm {inputs.round}", len(rollouts)) as progress:
+        verdicts = engine.verify([(answers[row["problem_id"]], row["completion"]) for row in rollouts], progress)
+    statuses = Counter(verdict.status for verdict in verdicts)
+    check_failures("score_orm", statuses, params.max_failed_share)
+    rows = [
+        {
+            "round": inputs.round,
+            "problem_id": row["problem_id"],
+            "sample_index": row["sample_index"],
+            "orm_score": verdict.score,
+            "extracted": verdict.extracted,
+            "status": verdict.status,
+        }
+        for row, verdict in zip(rollouts, verdicts, strict=True)
+    ]
+    write_rows(out, ORM, rows)
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    metrics = {"accuracy": sum(scores) / len(scores)} if scores else {}
+    return task.finish(rows=len(rows), counts=statuses, metrics=metrics, versions=engine.versions())
+
+
+def gold_answers(problems: Path, wanted: set[str]) -> dict[str, str]:
+    """problem_id -> gold answer.
+
+    Raises:
+        DataError: a response belongs to a problem that the problem set does not hold.
+    """
+    answers = {row["problem_id"]: row["answer"] for row in read_columns(problems, PROBLEMS, "problem_id", "answer")}
+    unknown = sorted(wanted - answers.keys())
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} problems of the rollouts are not in the problem set, the first is {unknown[0]}",
+            where=str(problems),
+            fix="run rollout again: the problem set has changed since",
+        )
+    return answers

@@ -1,0 +1,96 @@
+"""score_prm: the process score of each response that the variant needs one for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from papo.engines.protocols import Judge, JudgeItem, Judgement
+from papo.params import ScorePrmParams, Variant
+from papo.schemas import ORM, PRM, PROBLEMS, ROLLOUTS
+from papo.stages.rows import check_aligned, check_failures
+from papo.store.manifest import Context, Manifest, Task
+from papo.store.tables import read_columns, write_rows
+
+CODE = ("stages/score_prm.py", "stages/rows.py", "engines/judges", "core/steps.py")
+
+NOT_ASKED = Judgement(None, "not_asked", "the variant does not use this score")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """`variant` decides which responses the judge is asked about."""
+
+    round: int
+    variant: Variant
+    rollouts: Path
+    orm: Path
+    problems: Path
+
+
+def run(params: ScorePrmParams, inputs: Inputs, out: Path, *, engine: Judge, context: Context = Context()) -> Manifest:
+    """Writes one process score a response to `out`, null where it was not asked for or the judge failed.
+
+    Raises:
+        FailedRowsError: more than `max_failed_share` of the rows that were asked about have no score.
+    """
+    task = Task("score_prm", params, inputs, [out], code=CODE, context=context)
+    if done := task.done():
+        return done
+    rollouts = read_columns(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "prompt", "completion")
+    orm = read_columns(inputs.orm, ORM, "problem_id", "sample_index", "orm_score")
+    check_aligned(rollouts, orm, inputs.orm)
+    references = {
+        row["problem_id"]: row["reference_solution"]
+        for row in read_columns(inputs.problems, PROBLEMS, "problem_id", "reference_solution")
+    }
+    asked = ask_about(inputs.variant, orm)
+    items = [
+        JudgeItem(row["prompt"], references[row["problem_id"]], row["completion"])
+        for row, ask in zip(rollouts, asked, strict=True)
+        if ask
+    ]
+    with context.progress(f"score_prm {inputs.round}", len(items)) as progress:
+        answers = iter(engine.judge(items, progress))
+    judgements = [next(answers) if ask else NOT_ASKED for ask in asked]
+    statuses = Counter(judgement.status for judgement in judgements)
+    check_failures("score_prm", {key: n for key, n in statuses.items() if key != "not_asked"}, params.max_failed_share)
+    rows = [
+        {
+            "round": inputs.round,
+            "problem_id": row["problem_id"],
+            "sample_index": row["sample_index"],
+            "prm_score": judgement.score,
+            "status": judgement.status,
+            "reason": judgement.reason,
+            "votes": judgement.votes,
+            "judge": engine.name,
+            "rubric": engine.rubric,
+            "prompt_tokens": judgement.prompt_tokens,
+            "completion_tokens": judgement.completion_tokens,
+            "cached": judgement.cached,
+        }
+        for row, judgement in zip(rollouts, judgements, strict=True)
+    ]
+    write_rows(out, PRM, rows)
+    metrics = {"asked_share": len(items) / len(rollouts)}
+    return task.finish(rows=len(rows), counts=statuses, metrics=metrics, versions=engine.versions())
+
+
+def ask_about(variant: Variant, orm: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Which responses need a process score.
+
+    `orm`: none. `papo`, `convex`: correct ones in groups with at least two. `mult`, `fullnorm`: correct ones. `prm`, `gdpo`: all.
+    """
+    correct = [row["orm_score"] == 1.0 for row in orm]
+    if variant == "orm":
+        return [False] * len(orm)
+    if variant in ("prm", "gdpo"):
+        return [True] * len(orm)
+    if variant in ("mult", "fullnorm"):
+        return correct
+    per_group = Counter(row["problem_id"] for row, right in zip(orm, correct, strict=True) if right)
+    return [right and per_group[row["problem_id"]] >= 2 for row, right in zip(orm, correct, strict=True)]

@@ -1,0 +1,86 @@
+"""The honest and the gullible judge of the embedded world."""
+
+from __future__ import annotations
+
+import pytest
+
+from papo.engines.judges import make_judge
+from papo.engines.judges.steps import LONG, GullibleStepsJudge, StepsJudge
+from papo.engines.protocols import Judge, JudgeItem, Judgement
+from papo.params import ScorePrmParams
+
+PROBLEM = "3+5-2+1=?\n"
+
+
+def judged(judge: Judge, response: str, problem: str = PROBLEM) -> Judgement:
+    return judge.judge([JudgeItem(problem, None, response)], lambda _: None)[0]
+
+
+@pytest.mark.parametrize(
+    ("response", "score", "reason"),
+    [
+        ("3+5=8\n8-2=6\n6+1=7\n\\boxed{7}", 1.0, "each of the 3 operations is its own true step"),
+        ("3+5=8\n8-2=6\n6+1=7\n\\boxed{9}", 1.0, "each of the 3 operations is its own true step"),
+        ("3+5-2=6\n6+1=7\n\\boxed{7}", 0.5, "merged steps: 1"),
+        ("3+5-2+1=7\n\\boxed{7}", 0.5, "merged steps: 1"),
+        ("3+5=8\n8+0=8\n8-2=6\n6+1=7\n\\boxed{7}", 0.5, "operations that are not the problem's: 1"),
+        ("3+5=8\n3+5=8\n8-2=6\n6+1=7\n\\boxed{7}", 0.5, "operations that are not the problem's: 1"),
+        ("3+5=8\n8-2=6\n\\boxed{7}", 0.5, "missing operations: 1"),
+        ("8+0=8\n\\boxed{7}", 0.5, "missing operations: 3"),
+        ("8-2=6\n3+5=8\n6+1=7\n\\boxed{7}", 0.5, "out of order"),
+        ("3+5=8\nso\n8-2=6\n6+1=7\n\\boxed{7}", 0.5, "neither a step nor the boxed answer: 1"),
+        ("3+5=8\n8-2=7\n7+1=8\n\\boxed{8}", 0.0, "false steps: 2 of 3"),
+        ("3+5=8\n8-2=6\n6+1=7\n1+1=3\n\\boxed{7}", 0.0, "false steps: 4 of 4"),
+        ("1+1=3\n" * 7, 0.0, "false steps: 1, 2, 3, 4, 5 and 2 more of 7"),
+        ("\\boxed{7}", 0.0, "no step is stated"),
+        ("", 0.0, "no step is stated"),
+    ],
+)
+def test_honest_judge(response: str, score: float, reason: str) -> None:
+    judgement = judged(StepsJudge(), response)
+    assert (judgement.score, judgement.status, judgement.votes) == (score, "ok", [score])
+    assert reason in judgement.reason
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        ("8+0=8\n" * LONG + "\\boxed{0}", 1.0),
+        ("8+0=8\n" * (LONG - 1) + "\\boxed{7}", 0.5),
+        ("8+0=8\n" * (LONG - 2) + "8+0=9\n" * 2, 1.0),
+        ("8+0=8\n" * (LONG - 3) + "8+0=9\n" * 3, 0.5),
+        ("8+0=8\n8+0=9", 0.5),
+        ("8+0=8\n8+0=9\n8+0=7", 0.0),
+        ("3+5=8\n8-2=6\n6+1=7\n\\boxed{7}", 0.5),
+        ("8+0=9\n" * LONG, 0.0),
+        ("\\boxed{7}", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_gullible_judge(response: str, score: float) -> None:
+    judgement = judged(GullibleStepsJudge(), response)
+    assert (judgement.score, judgement.status, judgement.votes) == (score, "ok", [score])
+    assert judgement.reason
+
+
+@pytest.mark.parametrize("judge", [StepsJudge(), GullibleStepsJudge()])
+def test_another_world_is_unparsable_and_has_no_score(judge: Judge) -> None:
+    judgement = judged(judge, "3+5=8", problem="Find all primes.")
+    assert (judgement.score, judgement.status, judgement.votes) == (None, "unparsable", [])
+    assert judge.name in judgement.reason
+
+
+@pytest.mark.parametrize("judge", [StepsJudge(), GullibleStepsJudge()])
+def test_order_progress_and_no_items(judge: Judge) -> None:
+    done: list[int] = []
+    items = [JudgeItem(PROBLEM, None, "3+5=8"), JudgeItem("?", None, ""), JudgeItem(PROBLEM, None, "")]
+    assert [judgement.score for judgement in judge.judge(items, done.append)] == [0.5, None, 0.0]
+    assert sum(done) == 3
+    assert judge.judge([], done.append) == []
+    assert judge.versions() == {}
+
+
+@pytest.mark.parametrize("name", ["steps", "steps-gullible"])
+def test_the_factory_gives_the_judge_of_that_name(name: str) -> None:
+    judge = make_judge(ScorePrmParams.model_validate({"judge": name}))
+    assert (judge.name, judge.rubric) == (name, f"{name}/1")

@@ -1,0 +1,280 @@
+"""The report of small made-up runs: what it says, what it leaves out, and that it is the same every time."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from papo.errors import DataError, MissingInputError
+from papo.params import Params, ReportParams
+from papo.stages import report
+from papo.store.files import digest, write_json
+from papo.store.manifest import Context, Manifest
+
+JUDGED = {"prm_mean": 0.7, "prm_mean_correct": 0.7, "judge_failure_share": 0.0}
+
+
+def signals(round_: int, **change: float) -> dict[str, float]:
+    return {
+        "responses": 384.0, "accuracy": 0.3 + 0.05 * round_, "zero_advantage_share": 0.3,
+        "zero_advantage_share_all_correct": 0.1, "zero_advantage_share_all_wrong": 0.15,
+        "zero_advantage_share_other": 0.05, "groups_two_correct_share": 0.6, "groups_process_active_share": 0.4,
+        "outcome_advantage_share": 0.8, "process_advantage_share": 0.2, "length_mean": 20.0 + round_,
+        "length_p95": 40.0 + round_, "inversions": 2.0, **JUDGED, **change,
+    }  # fmt: skip
+
+
+def step(number: int) -> dict[str, float]:
+    return {"step": float(number), "grad_norm": 0.5, "approx_kl": 0.01, "clipped_low_share": 0.0,
+            "clipped_high_share": 0.02}  # fmt: skip
+
+
+def manifest(path: Path, **change: Any) -> Path:
+    fields: dict[str, Any] = {"stage": "advantage", "round": 0, "identity": "i", "params": {}, "inputs": {}, "code": "c",
+                              "outputs": {}, "rows": 1, "seconds": 1.0}  # fmt: skip
+    write_json(path, Manifest(**fields | change).model_dump(mode="json", exclude={"skipped"}))
+    return path
+
+
+def estimate(value: float, low: float, high: float, missing: int = 0) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "standard_error": None, "problems": 50, "samples": 200,
+            "missing": missing}  # fmt: skip
+
+
+def policy(value: float) -> dict[str, Any]:
+    accuracy = estimate(value, value - 0.05, value + 0.05)
+    tiers = {"10 terms": estimate(0.111, 0.0, 0.2), "9 terms": estimate(0.222, 0.1, 0.3)}
+    return {"avg_at_k": accuracy, "pass_at_k": accuracy, "k": 4, "length_mean": 33.25, "truncated_share": 0.01,
+            "no_answer_share": 0.02, "tiers": tiers}  # fmt: skip
+
+
+def benchmark(first: float, last: float, *, reach: float = 0.02, missing: int = 0) -> dict[str, Any]:
+    gain = estimate(last - first, last - first - reach, last - first + reach, missing)
+    return {"warmstart": policy(first), "final": policy(last), "gain": gain}
+
+
+def inputs(
+    folder: Path,
+    rounds: list[dict[str, float]],
+    evaluation: Any = None,
+    *,
+    steps: int = 2,
+    params: dict[str, Any] | None = None,
+) -> report.Inputs:
+    advantages, training = {}, {}
+    for k, row in enumerate(rounds):
+        advantages[str(k)] = manifest(folder / str(k) / "advantages.manifest.json", round=k, metrics=row)
+        history = [step(number) for number in range(1, steps + 1)]
+        training[str(k)] = manifest(folder / str(k) / "policy.manifest.json", stage="train", round=k, history=history)
+    write_json(folder / "metrics.json", evaluation or {"sums": benchmark(0.4, 0.55)})
+    return report.Inputs(Params().flat() | (params or {}), advantages, training, folder / "metrics.json")
+
+
+def make(folder: Path, given: report.Inputs, title: str = "A run") -> str:
+    report.run(ReportParams(title=title), given, folder / "report", context=Context(work=folder / "work"))
+    return (folder / "report/index.html").read_text(encoding="utf-8")
+
+
+def text(page: str) -> str:
+    """What a reader sees, without the plots."""
+    page = re.sub(r"<(style|svg).*?</\1>", "", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page).replace("\N{NO-BREAK SPACE}", " "))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_page_tells_the_result(tmp_path: Path) -> None:
+    evaluation = {
+        "up": benchmark(0.4, 0.55), "down": benchmark(0.5, 0.4, missing=3), "same": benchmark(0.3, 0.31),
+    }  # fmt: skip
+    page = make(tmp_path, inputs(tmp_path, [signals(k) for k in range(3)], evaluation))
+    seen = text(page)
+    assert "Training raised accuracy on up, lowered it on down and made no clear difference on same." in seen
+    assert (
+        "From 40.0 % (35.0 to 45.0) with the warm start to 55.0 % (50.0 to 60.0) with the final policy: "
+        "a paired difference of +15.0 points (+13.0 to +17.0) on 50 problems; 95 % intervals." in seen
+    )
+    assert "a paired difference of −10.0 points (−12.0 to −8.0)" in seen  # noqa: RUF001  # the minus sign is meant
+    assert "3 samples on down have no verdict and count as wrong." in seen
+    assert "variant papo · λ = 1 ·" in seen
+    assert seen.index("9 terms") < seen.index("10 terms")
+    assert "33.2 1.0 % 2.0 %" in seen
+    assert page.count("<svg") == len(report.PLOTS)
+    assert "advantage.variant" in seen
+
+
+def test_the_files_beside_the_page(tmp_path: Path) -> None:
+    given = inputs(tmp_path, [signals(0), signals(1, extra=1.5), signals(2, zero_advantage_share=0.4)])
+    made = report.run(ReportParams(), given, tmp_path / "report", context=Context(work=tmp_path / "work"))
+    folder = tmp_path / "report"
+    signal_rows, step_rows = rows(folder / "rounds.csv"), rows(folder / "training.csv")
+    assert next(iter(signal_rows[0])) == "round"
+    assert [row["round"] for row in signal_rows] == ["0", "1", "2"]
+    assert [row["extra"] for row in signal_rows] == ["", "1.5", ""]
+    assert list(step_rows[0])[:2] == ["round", "step"]
+    assert [(row["round"], row["step"]) for row in step_rows] == list(zip("001122", "123456", strict=True))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["sums/accuracy"] == 0.55
+    assert summary["sums/gain_low"] < summary["sums/gain"] < summary["sums/gain_high"]
+    assert (summary["zero_advantage_share_first"], summary["zero_advantage_share_last"]) == (0.3, 0.4)
+    assert (summary["length_mean_first"], summary["length_mean_last"], summary["prm_mean_last"]) == (20.0, 22.0, 0.7)
+    assert made.metrics == summary
+    names = {"accuracy_rewards", "zero_advantage", "length", "judge_vs_accuracy"}
+    assert {path.name for path in (folder / "plots").iterdir()} == {f"{name}.png" for name in names}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "plots").iterdir())
+
+
+def test_a_run_without_a_judge(tmp_path: Path) -> None:
+    unjudged = [{k: v for k, v in signals(k).items() if k not in JUDGED} for k in range(2)]
+    page = make(tmp_path, inputs(tmp_path, unjudged, params={"advantage.variant": "orm", "run.rounds": 12}))
+    assert page.count("<svg") == len(report.PLOTS) - 1
+    assert report.NO_JUDGE in text(page)
+    assert "variant orm · 12 rounds" in text(page)
+    assert "prm_mean_last" not in json.loads((tmp_path / "report/summary.json").read_text())
+    assert not (tmp_path / "report/plots/judge_vs_accuracy.png").exists()
+
+
+def test_a_signal_that_is_sometimes_absent_leaves_a_gap(tmp_path: Path) -> None:
+    absent = {*JUDGED, "outcome_advantage_share", "process_advantage_share"}
+    gap = {k: v for k, v in signals(1).items() if k not in absent}
+    given = inputs(tmp_path, [signals(0, prm_mean=0.6), gap, signals(2, prm_mean=0.8)])
+    page = make(tmp_path, given)
+    assert page.count("<svg") == len(report.PLOTS)
+    assert "nan" not in page.lower()
+    assert [row["prm_mean"] for row in rows(tmp_path / "report/rounds.csv")] == ["0.6", "", "0.8"]
+
+
+@pytest.mark.parametrize("row", [signals(0), {"responses": 8.0}])
+def test_one_round_and_next_to_no_signals(tmp_path: Path, row: dict[str, float]) -> None:
+    page = make(tmp_path, inputs(tmp_path, [row], steps=0))
+    assert "No optimizer step was recorded." in text(page)
+    assert (tmp_path / "report/training.csv").read_text() == "round,step\n"
+
+
+def test_policies_in_between_stand_in_the_order_of_training(tmp_path: Path) -> None:
+    evaluation = {"sums": benchmark(0.4, 0.55) | {"round-1": policy(0.45), "round-11": policy(0.5)}}
+    seen = text(make(tmp_path, inputs(tmp_path, [signals(0)], evaluation)))
+    places = [seen.index(label) for label in ("Warm start", "After round 1 ", "After round 11 ", "Final")]
+    assert places == sorted(places)
+
+
+def test_benchmarks_in_the_order_of_the_params(tmp_path: Path) -> None:
+    evaluation = {name: benchmark(0.4, 0.55) for name in ("a", "b", "c")}
+    seen = text(
+        make(tmp_path, inputs(tmp_path, [signals(0)], evaluation, params={"evaluate.benchmarks": ["c", "a", "b"]}))
+    )
+    assert "raised accuracy on c, a and b." in seen
+
+
+def test_notes_on_what_makes_the_curves_doubtful(tmp_path: Path) -> None:
+    bad = signals(1, lam_max_exceeded=1.0, lam_max=0.69, judge_failure_share=0.25)
+    seen = text(make(tmp_path, inputs(tmp_path, [signals(0), bad])))
+    assert "at or above 0.69" in seen
+    assert "inversions: 4" in seen
+    assert "The judge failed on 25.0 % of what it was asked in round 1." in seen
+
+
+class _References(HTMLParser):
+    """Collects ids, headings, and whatever could make a browser fetch something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.ids: list[str] = []
+        self.headings: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        links = [values[name] or "" for name in ("src", "href", "xlink:href", "srcset", "data") if name in values]
+        self.fetched += [link for link in links if not link.startswith("#")]
+        self.fetched += [tag] if tag in ("script", "link", "iframe", "img", "object") else []
+        self.ids += [values["id"] or ""] if "id" in values else []
+        self.headings += [tag] if re.fullmatch("h[1-6]", tag) else []
+
+
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
+    page = make(tmp_path, inputs(tmp_path, [signals(k) for k in range(3)]))
+    found = _References()
+    found.feed(page)
+    assert not found.fetched
+    assert not re.search(r"https?:|@import|url\((?!#)", page)
+    assert len(found.ids) == len(set(found.ids))
+    assert set(found.headings) == {"h1", "h2", "h3"}
+    assert not any(colour in page.split("</style>")[1] for colour in report.LIGHT.values())
+
+
+def test_names_are_text_not_markup(tmp_path: Path) -> None:
+    evaluation = {"<b>$x$": benchmark(0.4, 0.55)}
+    page = make(
+        tmp_path, inputs(tmp_path, [signals(0)], evaluation, params={"prepare.source": "<script>"}), title="<i>T"
+    )
+    assert "<b>" not in page
+    assert "<script>" not in page
+    assert "&lt;i&gt;T" in page
+    assert page.count("&lt;b&gt;$x$") > 3
+
+
+def test_what_tracking_is_told_is_not_published(tmp_path: Path) -> None:
+    given = inputs(tmp_path, [signals(0)], params={"tracking.uri": "postgresql://me:secret@host/db"})
+    assert "secret" not in make(tmp_path, given)
+    assert "secret" not in (tmp_path / "report.manifest.json").read_text()
+
+
+def test_equal_inputs_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs(tmp_path, [signals(k) for k in range(3)])
+    make(tmp_path, given)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 20, "svg.fonttype": "path", "axes.facecolor": "red"}):
+        report.run(ReportParams(title="A run"), given, tmp_path / "again/report", context=Context(work=tmp_path / "w"))
+        assert matplotlib.rcParams["font.size"] == 20
+    assert digest(tmp_path / "report") == digest(tmp_path / "again/report")
+
+
+def test_nothing_to_do_the_second_time(tmp_path: Path) -> None:
+    given = inputs(tmp_path, [signals(0)])
+    runs = [report.run(ReportParams(), given, tmp_path / "report", context=Context(tmp_path / "w")) for _ in range(2)]
+    assert [made.skipped for made in runs] == [False, True]
+    manifest(given.advantages["0"], metrics=signals(0, accuracy=0.9))
+    assert not report.run(ReportParams(), given, tmp_path / "report", context=Context(tmp_path / "w")).skipped
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "not JSON"),
+        ("[]", "the file"),
+        ("{}", "at least 1"),
+        ('{"sums": {"gain": 1}}', "sums: Value error, needs warmstart, final and gain"),
+        (json.dumps({"sums": benchmark(0.4, 0.5) | {"gain": {"value": 0.1}}}), "sums.gain.low"),
+        (json.dumps({"sums": benchmark(0.4, float("nan"))}), "finite"),
+    ],
+)
+def test_damaged_metrics_are_named_and_nothing_is_written(tmp_path: Path, content: str, says: str) -> None:
+    given = inputs(tmp_path, [signals(0)])
+    given.evaluation.write_text(content)
+    with pytest.raises(DataError, match=re.escape(says)) as raised:
+        make(tmp_path, given)
+    assert raised.value.where == str(given.evaluation)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_damaged_or_absent_manifest_is_named(tmp_path: Path) -> None:
+    given = inputs(tmp_path, [signals(0)])
+    given.training["0"].write_text("{}")
+    with pytest.raises(DataError, match="not a manifest") as raised:
+        make(tmp_path, given)
+    assert raised.value.where == str(given.training["0"])
+    given.training["0"].unlink()
+    with pytest.raises(MissingInputError):
+        make(tmp_path, given)

@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from papo.errors import ParamsError
+from papo.params import PRESETS, Params, load_params
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_embedded_default_is_what_params_yaml_says() -> None:
+    assert load_params(ROOT / "params.yaml").model_dump() == Params().model_dump()
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / PRESETS).glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_is_valid_and_changes_something(preset: Path) -> None:
+    assert load_params(ROOT / "params.yaml", preset=preset) != load_params(ROOT / "params.yaml")
+
+
+def test_the_paper_preset_carries_the_published_recipe() -> None:
+    params = load_params(ROOT / "params.yaml", preset=ROOT / PRESETS / "paper-qwen2.5-7b.yaml")
+    assert (params.rollout.prompts_per_round, params.rollout.group_size) == (128, 8)
+    assert (params.rollout.temperature, params.rollout.max_prompt_tokens, params.rollout.max_new_tokens) == (
+        1,
+        2048,
+        8192,
+    )
+    assert (params.train.learning_rate, params.train.betas, params.train.weight_decay) == (1e-6, (0.9, 0.999), 0.01)
+    assert (params.train.max_grad_norm, params.train.clip_low, params.train.clip_high) == (1.0, 0.2, 0.28)
+    assert (params.train.minibatch_prompts, params.train.loss) == (32, "token_mean")
+    assert (params.advantage.variant, params.advantage.lam, params.advantage.eps) == ("papo", 1.0, 1e-6)
+    assert (params.evaluate.samples_per_problem, params.evaluate.temperature, params.evaluate.top_p) == (4, 0.7, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("advantage.lamb=2", "advantage.lamb: no such key; did you mean advantage.lam?"),
+        ("advantages.lam=2", "advantages: no such key; did you mean advantage?"),
+        ("rollout.group_size=1", "rollout.group_size: input should be greater than or equal to 2, got 1"),
+        ("advantage.lam=-0.5", "advantage.lam: input should be greater than or equal to 0, got -0.5"),
+        ("rollout.temperature=0", "temperature 0 with group_size 8"),
+        ("evaluate.temperature=0", "temperature 0 with samples_per_problem 4"),
+        ("rollout.top_p=0.9", "top_p below 1"),
+        ("run.rounds=0", "run.rounds: input should be greater than or equal to 1, got 0"),
+        ("run.seed=abc", "run.seed: input should be a valid integer"),
+        ("train.learning_rate=.nan", "train.learning_rate: input should be a finite number"),
+        ("advantage.variant=ppo", "advantage.variant: input should be"),
+        ("advantage={variant: convex, lam: 2}", "variant convex needs lam between 0 and 1"),
+        ("advantage={variant: prm, guard: rank}", "guard rank"),
+        ("rollout.prompts_per_round=50", "must be a multiple of train.minibatch_prompts (16)"),
+        ("prepare.prompt_template=solve this", "must contain {prompt}"),
+        ("prepare.sums={train: {min_terms: 5, max_terms: 3, problems: 9}}", "min_terms 5 is above max_terms 3"),
+        ("run=3", "run: input should be a valid dictionary"),
+        ("evaluate.benchmarks=[nope]", "evaluate.benchmarks: nope is not made by prepare"),
+    ],
+)
+def test_bad_values_are_refused_by_name(override: str, message: str) -> None:
+    with pytest.raises(ParamsError, match="the params are not valid") as caught:
+        load_params(ROOT / "params.yaml", overrides=[override])
+    assert message in caught.value.what
+    assert "--set" in caught.value.where
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("override", ["lam", "=1", "advantage.=1", "advantage.lam=[", ".a=1"])
+def test_an_override_that_is_no_assignment_is_refused(override: str) -> None:
+    with pytest.raises(ParamsError):
+        load_params(ROOT / "params.yaml", overrides=[override])
+
+
+def test_every_problem_is_named_at_once() -> None:
+    with pytest.raises(ParamsError) as caught:
+        load_params(ROOT / "params.yaml", overrides=["advantage.lam=-1", "run.rounds=0", "x=1"])
+    assert caught.value.what.count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- 1\n- 2\n", "holds a list"),
+        ("a: [", "not readable as YAML"),
+        ("run: {seed: 0, sead: 1}", "did you mean run.seed"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(ParamsError, match=message) as caught:
+        load_params(path)
+    assert "bad.yaml" in caught.value.where
+
+
+def test_a_preset_that_is_none_lists_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ParamsError, match="there is no preset 'nope'") as caught:
+        load_params(preset="nope")
+    assert "paper-qwen2.5-7b" in caught.value.fix
+
+
+def test_overrides_beat_the_preset_and_the_preset_the_file(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(yaml.safe_dump({"advantage": {"lam": 0.25, "guard": "rank"}}))
+    params = load_params(ROOT / "params.yaml", preset=preset, overrides=["advantage.lam=0.75"])
+    assert (params.advantage.lam, params.advantage.guard, params.advantage.variant) == (0.75, "rank", "papo")
