@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from papo.engines.policy import import_libraries
 from papo.session import Summary
 from papo.store.manifest import Context
 
@@ -23,7 +24,8 @@ log = logging.getLogger("papo")
 
 def make_context(work: Path, *, quiet: bool = False) -> Context:
     """Progress bars in a terminal, a log line a stage elsewhere."""
-    return Context(work=work, progress=_bar if console.is_terminal and not quiet else _lines, warn=warn)
+    progress = _bar if console.is_terminal and not quiet else _lines
+    return Context(work=work, begin=import_libraries, progress=progress, warn=warn)
 
 
 def warn(message: str) -> None:
@@ -74,6 +76,8 @@ def _lines(description: str, total: int) -> Iterator[Callable[[int], None]]:
 def show_summary(summary: Summary) -> None:
     """The tables at the end of a run, on standard output."""
     out = Console()
+    if not out.is_terminal:
+        out.width = 120
     for table in (_accuracy_table(summary), _course_table(summary), _time_table(summary)):
         out.print(table)
     out.print(f"report   {summary.report}")
@@ -104,7 +108,7 @@ def accuracy_rows(summary: Summary) -> list[dict[str, str]]:
                     "tier": tier,
                     f"warm start avg@{first['k']}": _interval(first["tiers"][tier]),
                     f"final avg@{last['k']}": _interval(values),
-                    "gain": f"{values['value'] - first['tiers'][tier]['value']:+.3f}",
+                    "gain": f"{100 * (values['value'] - first['tiers'][tier]['value']):+.1f}",
                     "length": "",
                 }
             )
@@ -144,14 +148,14 @@ def time_rows(summary: Summary) -> list[dict[str, str]]:
 
 
 def _interval(estimate: dict[str, Any], *, sign: bool = False) -> str:
-    value = f"{estimate['value']:+.3f}" if sign else f"{estimate['value']:.3f}"
-    if estimate["low"] is None:
-        return value
-    return f"{value} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    """`45.1 [41.0, 49.2]`, in percent."""
+    value, low, high = (None if estimate[key] is None else 100 * estimate[key] for key in ("value", "low", "high"))
+    text = f"{value:+.1f}" if sign else f"{value:.1f}"
+    return text if low is None else f"{text} [{low:.1f}, {high:.1f}]"
 
 
 def _accuracy_table(summary: Summary) -> Table:
-    return _table("Accuracy, 95 % interval", accuracy_rows(summary))
+    return _table("Accuracy in percent, 95 % interval", accuracy_rows(summary))
 
 
 def _course_table(summary: Summary) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,23 @@ from papo.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+LIBRARIES = {
+    "warmstart": ("torch", "transformers", "trl.trainer.sft_trainer"),
+    "rollout": ("torch", "transformers"),
+    "train": ("torch", "transformers", "trl.trainer.grpo_trainer"),
+    "evaluate": ("torch", "transformers"),
+}
+
+
+def import_libraries(stage: str) -> None:
+    """Imports what a stage will need, so that the time of its first run is not that of its imports."""
+    for name in LIBRARIES.get(stage, ()):
+        importlib.import_module(name)
+    if stage in LIBRARIES:
+        # The stages show progress of their own.
+        importlib.import_module("transformers.utils.logging").disable_progress_bar()
 
 
 def load_policy(policy: Path, *, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -56,7 +56,7 @@ class GrpoTrainer:
             StageError: the loss or the gradient is not finite.
         """
         import torch
-        from transformers import TrainerCallback, set_seed
+        from transformers import PrinterCallback, TrainerCallback, set_seed
         from trl import GRPOConfig
 
         p = self._params
@@ -107,6 +107,7 @@ class GrpoTrainer:
                     seed=self._seed,
                 ),
             )
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
             history = [row for row in trainer.state.log_history if "loss" in row]
         metrics = [_metrics(row, trainer.ratios[step]) for step, row in enumerate(history)]

@@ -81,7 +81,7 @@ class SftWarmStarter:
             )
         import datasets
         import torch
-        from transformers import TrainerCallback, set_seed
+        from transformers import PrinterCallback, TrainerCallback, set_seed
         from trl import SFTConfig, SFTTrainer
 
         from papo.engines.tokenizer import build_tokenizer
@@ -134,6 +134,7 @@ class SftWarmStarter:
                 ),
                 callbacks=[Tell()],
             )
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
             history = trainer.state.log_history
         model.save_pretrained(out)

@@ -75,9 +75,13 @@ def _no_progress(description: str, total: int) -> AbstractContextManager[Callabl
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a stage is given beside its params and inputs; none of it changes a result."""
+    """What a stage is given beside its params and inputs; none of it changes a result.
+
+    `begin` is called with the stage's name when there is something to do, before its time is taken.
+    """
 
     work: Path = Path(".papo")
+    begin: Callable[[str], None] = lambda stage: None
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _no_progress
     warn: Callable[[str], None] = lambda message: None
 
@@ -123,6 +127,12 @@ class Task:
 
     def done(self) -> Manifest | None:
         """The manifest, if the stage has run with this identity and its outputs are still what it wrote."""
+        if (manifest := self._finished()) is None:
+            self.context.begin(self.stage)
+            self._started = time.monotonic()
+        return manifest
+
+    def _finished(self) -> Manifest | None:
         if not manifest_path(self.outputs[0]).is_file() or not all(output.exists() for output in self.outputs):
             return None
         try:
