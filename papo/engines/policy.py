@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from papo.errors import CheckpointError
 
@@ -33,10 +33,9 @@ def load_policy(policy: Path, *, dtype: str = "float32") -> tuple[PreTrainedMode
     """Model and tokenizer of the folder `policy`, on the GPU where there is one.
 
     Raises:
-        CheckpointError: the folder is none, or holds no model, no safetensors or no tokenizer.
+        CheckpointError: the folder is none, or holds no model, no safetensors or no tokenizer, or they cannot be loaded.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     for name in ("config.json", "tokenizer.json"):
         if not (policy / name).is_file():
@@ -47,18 +46,48 @@ def load_policy(policy: Path, *, dtype: str = "float32") -> tuple[PreTrainedMode
         raise CheckpointError(
             "not a policy: there are no *.safetensors", where=str(policy), fix="save the model with save_pretrained"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(policy, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            policy, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"the policy cannot be loaded: {error}", where=str(policy), fix="save it anew with save_pretrained"
-        ) from error
+    model, tokenizer = load_checkpoint(
+        str(policy), dtype=dtype, where=str(policy), fix="save it anew with save_pretrained", local_files_only=True
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def load_checkpoint(
+    name: str, *, dtype: str, where: str, fix: str, revision: str | None = None, local_files_only: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder or a model id of the hub: safetensors only, no remote code, and every weight there.
+
+    Raises:
+        CheckpointError: with `where` and `fix`, whatever the reason.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **source
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"the model cannot be loaded: {_first_line(error)}", where=where, fix=fix) from error
+    # transformers fills what is missing with random numbers and goes on.
+    mismatched = {str(key[0]) for key in loading["mismatched_keys"]}
+    if absent := sorted(set(loading["missing_keys"]) | mismatched):
+        raise CheckpointError(
+            f"{len(absent)} weights are missing or of another shape than config.json says, the first is {absent[0]}",
+            where=where,
+            fix=fix,
+        )
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError("the tokenizer names no end-of-text token", where=where, fix="set eos_token in it")
+    return model, tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

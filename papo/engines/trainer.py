@@ -271,17 +271,28 @@ def _save_state(optimizer: torch.optim.Optimizer, model: Any, folder: Path) -> N
 
 
 def _load_state(optimizer: torch.optim.Optimizer, model: Any, folder: Path) -> None:
+    import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    moments = load_file(folder / STATE_FILE)
+    path = folder / STATE_FILE
+    fix = "the state must come from the round that made the policy; delete that round and run it again"
+    try:
+        moments = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the optimizer state cannot be loaded: {error}", where=str(path), fix=fix) from error
+    found = {key: value.shape for key, value in moments.items()}
+    wanted = {f"{name}/step": torch.Size() for name, _ in _named(model)} | {
+        f"{name}/{key}": parameter.shape for name, parameter in _named(model) for key in ("exp_avg", "exp_avg_sq")
+    }
+    if wrong := sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)):
+        raise CheckpointError(
+            f"the optimizer state does not fit the policy: {wrong[0]} is missing, too many or of another shape",
+            where=str(path),
+            fix=fix,
+        )
     for name, parameter in _named(model):
-        mine = {key.split("/")[1]: value for key, value in moments.items() if key.split("/")[0] == name}
-        if not mine or mine["exp_avg"].shape != parameter.shape:
-            raise CheckpointError(
-                f"the optimizer state does not fit the policy: {name} is missing or of another shape",
-                where=str(folder),
-                fix="the state must come from the round that made the policy; delete the round and run it again",
-            )
         optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device) for key, value in mine.items()
+            "step": moments[f"{name}/step"],
+            **{key: moments[f"{name}/{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
         }

@@ -9,8 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from papo.engines.policy import load_checkpoint
 from papo.engines.protocols import Progress, WarmStarter
-from papo.errors import CheckpointError, DataError
+from papo.errors import DataError
 from papo.params import WarmstartParams
 
 if TYPE_CHECKING:
@@ -41,19 +42,13 @@ class CheckpointWarmStarter:
         Raises:
             CheckpointError: there is no such checkpoint, or it cannot be loaded.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self._checkpoint, revision=self._revision, dtype="auto", use_safetensors=True, trust_remote_code=False
-            )
-            tokenizer = AutoTokenizer.from_pretrained(self._checkpoint, revision=self._revision)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"not a checkpoint that can be loaded: {str(error).splitlines()[0]}",
-                where=f"warmstart.checkpoint = {self._checkpoint}",
-                fix="name a folder with config.json, tokenizer and *.safetensors, or a model id of the hub",
-            ) from None
+        model, tokenizer = load_checkpoint(
+            self._checkpoint,
+            dtype="auto",
+            where=f"warmstart.checkpoint = {self._checkpoint}",
+            fix="name a folder with config.json, tokenizer and *.safetensors, or a model id of the hub",
+            revision=self._revision,
+        )
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         progress(1)
@@ -91,14 +86,14 @@ class SftWarmStarter:
         tokenizer = build_tokenizer()
         model = _build_model(p, tokenizer)
 
-        parts = -(-p.batch_size // p.microbatch)
+        parts = _parts(p.batch_size, p.microbatch)
 
         class LengthSortedTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped
             """Batches are drawn at random; within one, rows are sorted so that its micro-batches pad little."""
 
             def _get_train_sampler(self, train_dataset: Any = None) -> list[int]:
                 lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-                return _sorted_batches(lengths, p.steps, p.microbatch * parts, p.seed)
+                return _sorted_batches(lengths, p.steps, p.batch_size, p.seed)
 
         class Tell(TrainerCallback):  # type: ignore[misc]  # transformers' base class is untyped
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -114,7 +109,7 @@ class SftWarmStarter:
                 args=SFTConfig(
                     output_dir=scratch,
                     max_steps=p.steps,
-                    per_device_train_batch_size=p.microbatch,
+                    per_device_train_batch_size=p.batch_size // parts,
                     gradient_accumulation_steps=parts,
                     learning_rate=p.learning_rate,
                     lr_scheduler_type="cosine",
@@ -122,7 +117,7 @@ class SftWarmStarter:
                     weight_decay=0.01,
                     seed=p.seed,
                     data_seed=p.seed,
-                    logging_steps=50,
+                    logging_steps=min(50, p.steps),
                     save_strategy="no",
                     report_to="none",
                     disable_tqdm=True,
@@ -148,6 +143,13 @@ class SftWarmStarter:
             for row in history
             if "loss" in row
         ]
+
+
+def _parts(batch_size: int, microbatch: int) -> int:
+    """The fewest equal parts of a batch that are no larger than `microbatch`."""
+    return next(
+        parts for parts in range(1, batch_size + 1) if batch_size % parts == 0 and batch_size // parts <= microbatch
+    )
 
 
 def _sorted_batches(lengths: Sequence[int], steps: int, size: int, seed: int) -> list[int]:

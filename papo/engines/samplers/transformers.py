@@ -35,7 +35,12 @@ class TransformersSampler:
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        return self._loaded[0].eval()
+        from transformers import GenerationConfig
+
+        model = self._loaded[0].eval()
+        # A checkpoint's own settings (repetition_penalty, min_new_tokens, ...) would bend the distribution behind our back.
+        model.generation_config = GenerationConfig()
+        return model
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:

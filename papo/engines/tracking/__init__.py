@@ -66,7 +66,7 @@ class BackgroundTracker:
     """The one boundary between a run and its record: calls return at once, and no failure of the backend gets through.
 
     One worker thread makes the calls in their order; `finish` waits until it is done. After a failure the backend is
-    asked whether it still knows the run. If so, that one call is missing from the record; if not, none is tried any more.
+    asked whether it still knows the run. If so, that one call is missing from the record; if not, no more are made.
 
     Args:
         backend: where the record goes. Only the worker thread calls it, but for `link`.

@@ -67,7 +67,7 @@ MIRRORED = {
 class MlflowTracker:
     """Implements `Tracker` against one MLflow server or database. Raises what MLflow raises.
 
-    A run that ended early is taken up again by the next one with the same `papo.lineage` tag and, where those are given,
+    A run that ended early is taken up again by the next with the same `papo.lineage` tag and, where those are given,
     the same `papo.run` and `papo.workspace`. A point (metric, step) that the run has is not written a second time.
     """
 
@@ -114,7 +114,7 @@ class MlflowTracker:
         self._client.get_run(self._parent)
 
     def stage(self, stage: str, round_: int | None, manifest: Mapping[str, Any]) -> None:
-        """Writes a manifest to the child run of its stage: `metrics` at step `round_`, `history` as `steps/..`, datasets."""
+        """Writes a manifest to the stage's child run: `metrics` at step `round_`, `history` as `steps/..`, datasets."""
         from mlflow.entities import DatasetInput
 
         self._round = max(self._round, round_ or 0)
@@ -142,7 +142,7 @@ class MlflowTracker:
     def policy(self, path: Path, name: str, metrics: Mapping[str, float]) -> None:
         """Writes a policy as a model that `mlflow.transformers.load_model` loads, unless the run has it already.
 
-        The weights are copied, not loaded; the requirements are those of this environment, not inferred by loading them.
+        The weights are copied, not loaded; the requirements are those of this environment, not inferred by loading.
         """
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
         from mlflow.models import Model
