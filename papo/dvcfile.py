@@ -64,10 +64,7 @@ def render(params: Params) -> str:
     }
     stages = {stage: _stage(stage, *files[stage]) for stage in STAGES}
     stages["evaluate"]["metrics"] = [{"artifacts/evaluation/metrics.json": {"cache": False}}]
-    rounds = [
-        {"k": k, "policy": _policy(k - 1), "state": _state(k - 1)}
-        for k in range(last + 1)
-    ]
+    rounds = [{"k": k, "policy": _policy(k - 1), "state": _state(k - 1)} for k in range(last + 1)]
     content = {
         "vars": [{"rounds": rounds}],
         "stages": {

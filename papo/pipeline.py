@@ -95,7 +95,8 @@ def _prepare(params: Params, workspace: Workspace, context: Context, round_: Non
 def _warmstart(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
     from papo.engines.warmstart import make_warm_starter
 
-    inputs = _there(warmstart.Inputs(traces=workspace.traces), workspace)
+    checkpoint = warmstart.local_checkpoint(params.warmstart)
+    inputs = _there(warmstart.Inputs(traces=workspace.traces, checkpoint=checkpoint), workspace)
     engine = make_warm_starter(params.warmstart)
     return warmstart.run(params.warmstart, inputs, workspace.warmstart, engine=engine, context=context)
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -73,6 +74,7 @@ class Session:
         self.params, self.workspace, self.context = params, workspace, context
         self._name, self._tracker, self._dvc, self._tags = name, tracker, dvc, dict(tags or {})
         self._lock = exclusive(workspace, wait_s=wait_s)
+        self._held: list[tuple[Step, Manifest]] | None = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._ran = self._skipped = 0
         self._finished = False
@@ -82,31 +84,59 @@ class Session:
         if self._dvc is not None:
             self._dvc.check()
         self._lock.__enter__()
-        tags = {"papo.lineage": self.lineage, "papo.workspace": str(self.workspace.root.resolve()), **self._tags}
-        if commit := git_commit(self.workspace.root):
-            tags["papo.git_commit"] = commit
-        self._tracker.start(self._name, self.params.flat(), tags)
+        try:
+            if not self._recorded.is_file() or self._recorded.read_text() != self.lineage:
+                self._start_record()
+        except BaseException:  # interrupted: a `with` whose entry fails has no exit
+            self._lock.__exit__(*sys.exc_info())
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if not self._finished:
+            if not self._finished and self._held is None:
                 self._tracker.finish("KILLED" if kind is KeyboardInterrupt else "FAILED", {})
         finally:
             self._lock.__exit__(kind, error, trace)
 
     def step(self, step: Step) -> Manifest:
-        """Runs one step; its manifest goes on the record unless the step had been done before."""
+        """Runs one step, or finds it done; its manifest goes on the record."""
         manifest = run_step(step, self.params, self.workspace, self.context)
         if manifest.skipped:
             self._skipped += 1
-            return manifest
-        self._ran += 1
-        self._seconds[step.stage] += manifest.seconds
-        self._tracker.stage(step.stage, step.round, manifest.model_dump(mode="json"))
+        else:
+            self._ran += 1
+            self._seconds[step.stage] += manifest.seconds
+            if self._held is not None:
+                self._start_record()
+        self._record(step, manifest)
         return manifest
+
+    @property
+    def _recorded(self) -> Path:
+        """Holds the lineage of the last run that went on the record as a whole."""
+        return self.workspace.work / "recorded"
+
+    def _start_record(self) -> None:
+        """Opens the record, with the steps that had been done before: a run is recorded whole, whoever ran its steps.
+
+        A run that finds everything done and on the record opens none.
+        """
+        tags = {"papo.lineage": self.lineage, "papo.workspace": str(self.workspace.root.resolve()), **self._tags}
+        if commit := git_commit(self.workspace.root):
+            tags |= {"papo.git_commit": commit, "mlflow.source.git.commit": commit.removesuffix("+changes")}
+        self._tracker.start(self._name, self.params.flat(), tags)
+        held, self._held = self._held or [], None
+        for step, manifest in held:
+            self._record(step, manifest)
+
+    def _record(self, step: Step, manifest: Manifest) -> None:
+        if self._held is not None:
+            self._held.append((step, manifest))
+        else:
+            self._tracker.stage(step.stage, step.round, manifest.model_dump(mode="json"))
 
     def finish(self) -> Summary:
         """Records outputs with DVC and the result with the tracker."""
@@ -117,12 +147,13 @@ class Session:
             for policy, values in policies.items()
             if policy != "gain"
         }
-        if self._ran:
+        on_record = self._held is None
+        if on_record:
             self._tracker.artifact(self.workspace.report)
             final = {name.split("/")[0]: value for name, value in metrics.items() if "/final/" in name}
             self._tracker.policy(self.workspace.policy(self.params.run.rounds - 1), "final", final)
         dvc = self._dvc.commit() if self._dvc is not None else "not recorded with DVC"
-        if (lock := self.workspace.root / "dvc.lock").is_file():
+        if on_record and (lock := self.workspace.root / "dvc.lock").is_file():
             self._tracker.tag("papo.dvc_lock", digest(lock))
         first, last = (self._signals(round_) for round_ in (0, self.params.run.rounds - 1))
         summary = Summary(
@@ -134,10 +165,12 @@ class Session:
             ran=self._ran,
             skipped=self._skipped,
             report=self.workspace.report / "index.html",
-            link=self._tracker.link(),
+            link=self._tracker.link() if on_record else None,
             dvc=dvc,
         )
-        self._tracker.finish("FINISHED", metrics | {"overhead_share": summary.overhead_share})
+        if on_record:
+            self._tracker.finish("FINISHED", metrics | {"overhead_share": summary.overhead_share})
+            self._recorded.write_text(self.lineage)
         self._finished = True
         return summary
 

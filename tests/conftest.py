@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +25,6 @@ from papo.store.tables import write_rows
 ROOT = Path(__file__).parents[1]
 
 quiet_environment()
-os.environ.pop("OMP_NUM_THREADS", None)
 
 # A pipeline of seconds: the engines are the real ones, the policy learns nothing.
 TINY = {
@@ -85,14 +83,6 @@ class FakeSampler:
 @pytest.fixture
 def fake_sampler() -> type[FakeSampler]:
     return FakeSampler
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass
@@ -221,6 +211,16 @@ def tiny_run(started: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(["dvc"]) == 0
         assert main(["run"]) == 0
     return folder
+
+
+@pytest.fixture
+def tiny_copy(tiny_run: Path, tmp_path: Path) -> Callable[[], Path]:
+    """Makes a copy of `tiny_run`, without DVC's cache."""
+
+    def copy() -> Path:
+        return Path(shutil.copytree(tiny_run, tmp_path / "copy", ignore=shutil.ignore_patterns("cache", "__pycache__")))
+
+    return copy
 
 
 def papo(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:

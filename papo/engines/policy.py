@@ -83,6 +83,9 @@ def load_checkpoint(
         )
     if tokenizer.eos_token_id is None:
         raise CheckpointError("the tokenizer names no end-of-text token", where=where, fix="set eos_token in it")
+    for key in ("is_local", "local_files_only"):
+        # How it was loaded is no part of it: saved with it, the digest of a policy would depend on HF_HUB_OFFLINE.
+        tokenizer.init_kwargs.pop(key, None)
     return model, tokenizer
 
 

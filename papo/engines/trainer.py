@@ -62,6 +62,7 @@ class GrpoTrainer:
         p = self._params
         set_seed(self._seed)
         model, tokenizer = load_policy(policy)
+        use_cache = model.config.use_cache
         batches, steps, accumulation = _plan(groups, p)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=p.learning_rate, betas=p.betas, weight_decay=p.weight_decay
@@ -96,7 +97,7 @@ class GrpoTrainer:
                     epsilon_high=p.clip_high,
                     loss_type="dapo" if p.loss == "token_mean" else "grpo",
                     temperature=self._temperature,
-                    gradient_checkpointing=p.gradient_checkpointing,
+                    activation_checkpointing=p.gradient_checkpointing,
                     bf16=p.dtype == "bfloat16" and gpu,
                     use_cpu=not gpu,
                     logging_steps=1,
@@ -118,6 +119,7 @@ class GrpoTrainer:
                 where=str(out),
                 fix="lower train.learning_rate, or look for extreme advantages in the advantages table",
             )
+        model.config.use_cache = use_cache  # Trainer switches it off, and whoever loads the policy would sample slowly
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         _save_state(optimizer, model, out_state)
@@ -238,14 +240,17 @@ def _no_reward(**kwargs: Any) -> list[float]:
 def _metrics(row: dict[str, Any], ratios: list[torch.Tensor]) -> dict[str, float]:
     import torch
 
+    def number(key: str) -> float:
+        return math.nan if row[key] is None else float(row[key])  # TRL logs None where all it averages is NaN
+
     ratio = torch.cat(ratios).double()
     return {
-        "step": float(row["step"]),
-        "loss": float(row["loss"]),
-        "grad_norm": float(row["grad_norm"]),
-        "entropy": float(row["entropy"]),
-        "clipped_low_share": float(row["clip_ratio/low_mean"]),
-        "clipped_high_share": float(row["clip_ratio/high_mean"]),
+        "step": number("step"),
+        "loss": number("loss"),
+        "grad_norm": number("grad_norm"),
+        "entropy": number("entropy"),
+        "clipped_low_share": number("clip_ratio/low_mean"),
+        "clipped_high_share": number("clip_ratio/high_mean"),
         "ratio_min": ratio.min().item(),
         "ratio_max": ratio.max().item(),
         # Schulman's k3 estimator of KL(behaviour || policy), http://joschu.net/blog/kl-approx.html

@@ -123,7 +123,7 @@ class SftWarmStarter:
                     disable_tqdm=True,
                     bf16=False,
                     use_cpu=not torch.cuda.is_available(),
-                    gradient_checkpointing=False,
+                    activation_checkpointing=False,
                     dataloader_pin_memory=False,
                     max_length=None,
                 ),
@@ -132,6 +132,7 @@ class SftWarmStarter:
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             history = trainer.state.log_history
+        model.config.use_cache = True  # Trainer switches it off, and whoever loads the policy would sample slowly
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         return [

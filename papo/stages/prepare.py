@@ -44,8 +44,9 @@ def run(params: PrepareParams, inputs: Inputs, out: Path, *, engine: Source, con
         return done
     benchmarks = {name: _rows(problems, f"benchmark {name}", "eval") for name, problems in engine.benchmarks().items()}
     train = _rows(engine.train(), "training set", "train")
-    held_out = {row["problem_id"] for rows in benchmarks.values() for row in rows}
-    clean = [row for row in train if row["problem_id"] not in held_out]
+    # By prompt: the same problem with its answer written otherwise has another id.
+    held_out = {row["prompt"] for rows in benchmarks.values() for row in rows}
+    clean = [row for row in train if row["prompt"] not in held_out]
     if not clean:
         raise DataError(
             "every training problem is also in a benchmark", where=params.source, fix="use other eval_sources"

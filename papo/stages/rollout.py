@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from papo.engines.protocols import Sampler, SampleRequest
+from papo.errors import DataError
 from papo.params import RolloutParams
 from papo.schemas import PROBLEMS, ROLLOUTS, row_seed
 from papo.store.files import digest
@@ -57,14 +58,21 @@ def run(params: RolloutParams, inputs: Inputs, out: Path, *, engine: Sampler, co
 
 
 def choose(problems: list[dict[str, Any]], round_: int, count: int, seed: int) -> list[dict[str, Any]]:
-    """The `count` problems of a round: epochs of random order laid end to end, so that none comes twice before all have come once."""
-    chosen: list[dict[str, Any]] = []
-    for position in range(round_ * count, (round_ + 1) * count):
-        epoch, index = divmod(position, len(problems))
-        order = list(range(len(problems)))
-        random.Random(f"{seed}/epoch/{epoch}").shuffle(order)
-        chosen.append(problems[order[index]])
-    return chosen
+    """The `count` problems of a round, none of them twice: epochs of random order, in each as many whole rounds as it gives.
+
+    Raises:
+        DataError: there are fewer problems than that.
+    """
+    if count > len(problems):
+        raise DataError(
+            f"rollout.prompts_per_round is {count}, but there are only {len(problems)} training problems",
+            where="data/problems/train.parquet",
+            fix="lower rollout.prompts_per_round, or prepare more problems",
+        )
+    epoch, part = divmod(round_, len(problems) // count)
+    order = list(range(len(problems)))
+    random.Random(f"{seed}/epoch/{epoch}").shuffle(order)
+    return [problems[index] for index in order[part * count : (part + 1) * count]]
 
 
 def _sample(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from papo.errors import DataError, FailedRowsError
-from papo.schemas import FAILED_STATUSES
+from papo.schemas import FAILED_STATUSES, PROBLEMS
+from papo.store.tables import read_columns
 
 
 def check_failures(stage: str, statuses: Mapping[str, int], limit: float) -> None:
@@ -37,3 +38,20 @@ def check_aligned(rollouts: Sequence[Mapping[str, Any]], other: Sequence[Mapping
             where=str(path),
             fix="run the stage that makes it again",
         )
+
+
+def of_problems(problems: Path, column: str, wanted: set[str]) -> dict[str, Any]:
+    """problem_id -> `column` of the problem set.
+
+    Raises:
+        DataError: a response belongs to a problem that the problem set does not hold.
+    """
+    values = {row["problem_id"]: row[column] for row in read_columns(problems, PROBLEMS, "problem_id", column)}
+    unknown = sorted(wanted - values.keys())
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} problems of the rollouts are not in the problem set, the first is {unknown[0]}",
+            where=str(problems),
+            fix="run rollout again: the problem set has changed since",
+        )
+    return values

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from papo.engines.protocols import Verifier
-from papo.errors import DataError
 from papo.params import ScoreOrmParams
-from papo.schemas import ORM, PROBLEMS, ROLLOUTS
-from papo.stages.rows import check_failures
+from papo.schemas import ORM, ROLLOUTS
+from papo.stages.rows import check_failures, of_problems
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns, write_rows
 
@@ -36,7 +35,7 @@ def run(
     if done := task.done():
         return done
     rollouts = read_columns(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "completion")
-    answers = gold_answers(inputs.problems, {row["problem_id"] for row in rollouts})
+    answers = of_problems(inputs.problems, "answer", {row["problem_id"] for row in rollouts})
     with context.progress(f"score_orm {inputs.round}", len(rollouts)) as progress:
         verdicts = engine.verify([(answers[row["problem_id"]], row["completion"]) for row in rollouts], progress)
     statuses = Counter(verdict.status for verdict in verdicts)
@@ -56,20 +55,3 @@ def run(
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     metrics = {"accuracy": sum(scores) / len(scores)} if scores else {}
     return task.finish(rows=len(rows), counts=statuses, metrics=metrics, versions=engine.versions())
-
-
-def gold_answers(problems: Path, wanted: set[str]) -> dict[str, str]:
-    """problem_id -> gold answer.
-
-    Raises:
-        DataError: a response belongs to a problem that the problem set does not hold.
-    """
-    answers = {row["problem_id"]: row["answer"] for row in read_columns(problems, PROBLEMS, "problem_id", "answer")}
-    unknown = sorted(wanted - answers.keys())
-    if unknown:
-        raise DataError(
-            f"{len(unknown)} problems of the rollouts are not in the problem set, the first is {unknown[0]}",
-            where=str(problems),
-            fix="run rollout again: the problem set has changed since",
-        )
-    return answers

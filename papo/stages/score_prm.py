@@ -10,8 +10,8 @@ from typing import Any
 
 from papo.engines.protocols import Judge, JudgeItem, Judgement
 from papo.params import ScorePrmParams, Variant
-from papo.schemas import ORM, PRM, PROBLEMS, ROLLOUTS
-from papo.stages.rows import check_aligned, check_failures
+from papo.schemas import ORM, PRM, ROLLOUTS
+from papo.stages.rows import check_aligned, check_failures, of_problems
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns, write_rows
 
@@ -43,10 +43,7 @@ def run(params: ScorePrmParams, inputs: Inputs, out: Path, *, engine: Judge, con
     rollouts = read_columns(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "prompt", "completion")
     orm = read_columns(inputs.orm, ORM, "problem_id", "sample_index", "orm_score")
     check_aligned(rollouts, orm, inputs.orm)
-    references = {
-        row["problem_id"]: row["reference_solution"]
-        for row in read_columns(inputs.problems, PROBLEMS, "problem_id", "reference_solution")
-    }
+    references = of_problems(inputs.problems, "reference_solution", {row["problem_id"] for row in rollouts})
     asked = ask_about(inputs.variant, orm)
     items = [
         JudgeItem(row["prompt"], references[row["problem_id"]], row["completion"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +72,10 @@ def _groups(inputs: Inputs) -> list[list[TrainRow]]:
         inputs.advantages, ADVANTAGES, "problem_id", "sample_index", "advantage", "token_advantages"
     )
     check_aligned(rollouts, advantages, inputs.advantages)
-    rows = [{**rollout, **advantage} for rollout, advantage in zip(rollouts, advantages, strict=True)]
-    return [[_row(row) for row in group] for _, group in groupby(rows, key=lambda row: row["problem_id"])]
+    groups: dict[str, list[TrainRow]] = {}
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        groups.setdefault(rollout["problem_id"], []).append(_row(rollout | advantage))
+    return list(groups.values())
 
 
 def _row(row: dict[str, Any]) -> TrainRow:

@@ -17,7 +17,15 @@ CODE = ("stages/warmstart.py", "engines/warmstart.py", "engines/tokenizer.py", "
 
 @dataclass(frozen=True)
 class Inputs:
+    """`checkpoint` counts by its content where it is a folder of this machine: other weights are another policy."""
+
     traces: Path
+    checkpoint: Path | None = None
+
+
+def local_checkpoint(params: WarmstartParams) -> Path | None:
+    """The folder that the params name, where it is one of this machine."""
+    return Path(params.checkpoint) if params.checkpoint is not None and Path(params.checkpoint).is_dir() else None
 
 
 def run(

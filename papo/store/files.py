@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,27 +29,38 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # What killed runs left: nobody else writes `path`, for its workspace is locked.
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            _remove(left)
         yield temporary
         _sync_tree(temporary)
         if path.is_dir():
             shutil.rmtree(path)
         temporary.replace(path)
         _sync(path.parent)
-    except OSError as error:
+    except BaseException as error:
         _remove(temporary)
-        raise disk_error(error, path) from error
-    except BaseException:
-        _remove(temporary)
-        raise
+        if (named := disk_error(error, path)) is error:
+            raise
+        raise named from error
 
 
-def disk_error(error: OSError, path: Path) -> Exception:
-    """The SetupError of a full or read-only disk; any other OSError as it is."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def disk_error(error: BaseException, path: Path) -> BaseException:
+    """The SetupError of a full or read-only disk; any other error as it is."""
+    number = _system_error(error)
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return SetupError("the disk is full", where=str(path), fix="free space and start again; finished rows are kept")
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return SetupError("cannot write here", where=str(path), fix="check the folder's permissions")
     return error
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The number of an error of the system; libraries in Rust, as safetensors is, have it only in the text of their own errors."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,11 +7,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from papo.errors import BusyError
+from papo.errors import BusyError, SetupError
+from papo.store.files import disk_error
 from papo.store.layout import Workspace
 
 
@@ -23,29 +25,38 @@ def exclusive(workspace: Workspace, *, wait_s: float = 0.0) -> Iterator[None]:
 
     Raises:
         BusyError: naming the process that holds it, since when, and its command.
+        SetupError: the workspace is no folder, or cannot be written.
     """
-    workspace.work.mkdir(parents=True, exist_ok=True)
     note = workspace.work / "lock.json"
+    try:
+        workspace.work.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise SetupError("not a folder", where=str(workspace.root), fix="name a folder with --workspace") from None
+    except OSError as error:
+        raise disk_error(error, workspace.work) from error
     lock = FileLock(workspace.work / "lock")
     try:
         lock.acquire(timeout=wait_s)
     except Timeout:
         raise BusyError(
-            "another run is going on in this workspace" + _holder(note.read_text() if note.exists() else ""),
+            "another run is going on in this workspace" + _holder(note),
             where=str(workspace.root.resolve()),
             fix="wait until it ends, pass --wait SECONDS, or use another folder with --workspace",
         ) from None
     try:
-        note.write_text(json.dumps({"pid": os.getpid(), "since": time.time(), "command": " ".join(sys.argv)}))
+        with suppress(OSError):  # a full disk must not keep a run from finding that there is nothing to do
+            note.write_text(json.dumps({"pid": os.getpid(), "since": time.time(), "command": " ".join(sys.argv)}))
         yield
     finally:
         note.unlink(missing_ok=True)
         lock.release()
 
 
-def _holder(text: str) -> str:
-    if not text:
+def _holder(note: Path) -> str:
+    """Who holds the lock, in brackets; empty where the note is gone or half-written by now."""
+    try:
+        holder = json.loads(note.read_text())
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
+        return f" (process {holder['pid']} since {since}: {holder['command']})"
+    except (OSError, ValueError, TypeError):
         return ""
-    holder = json.loads(text)
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
-    return f" (process {holder['pid']} since {since}: {holder['command']})"

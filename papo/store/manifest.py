@@ -193,11 +193,11 @@ class Task:
 
 
 def code_digest(code: Sequence[str]) -> str:
-    """Digest of the Python files and folders of the package that are named, in order."""
+    """Digest of the files, and of the sources and templates in the folders, of the package that are named."""
     total = hashlib.sha256()
     for name in sorted(code):
         path = PACKAGE / name
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        files = sorted(file for file in path.rglob("*") if file.suffix in (".py", ".j2")) if path.is_dir() else [path]
         for file in files:
             total.update(f"{file.relative_to(PACKAGE).as_posix()}\0{digest(file)}\n".encode())
     return total.hexdigest()

@@ -66,12 +66,12 @@ def read_table(path: Path, table: Table) -> pa.Table:
     missing = [column for column, _ in table.columns if column not in frame.column_names]
     if missing:
         raise DataError(f"lacks the column {', '.join(missing)}", where=str(path), fix=again)
+    frame = frame.select([column for column, _ in table.columns])
+    _check_nulls(frame, table, path)
     try:
-        frame = frame.select([column for column, _ in table.columns]).cast(table.schema)
+        return frame.cast(table.schema)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         raise DataError(f"a column does not fit the table {table.name}: {error}", where=str(path), fix=again) from None
-    _check_nulls(frame, table, path)
-    return frame
 
 
 def read_rows(path: Path, table: Table) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from papo.engines.reporting import plots
 from papo.errors import DataError, MissingInputError
 from papo.params import Params, ReportParams
 from papo.stages import report
@@ -108,7 +109,7 @@ def test_the_page_tells_the_result(tmp_path: Path) -> None:
     assert "variant papo · λ = 1 ·" in seen
     assert seen.index("9 terms") < seen.index("10 terms")
     assert "33.2 1.0 % 2.0 %" in seen
-    assert page.count("<svg") == len(report.PLOTS)
+    assert page.count("<svg") == len(plots.PLOTS)
     assert "advantage.variant" in seen
 
 
@@ -136,8 +137,8 @@ def test_the_files_beside_the_page(tmp_path: Path) -> None:
 def test_a_run_without_a_judge(tmp_path: Path) -> None:
     unjudged = [{k: v for k, v in signals(k).items() if k not in JUDGED} for k in range(2)]
     page = make(tmp_path, inputs(tmp_path, unjudged, params={"advantage.variant": "orm", "run.rounds": 12}))
-    assert page.count("<svg") == len(report.PLOTS) - 1
-    assert report.NO_JUDGE in text(page)
+    assert page.count("<svg") == len(plots.PLOTS) - 1
+    assert plots.NO_JUDGE in text(page)
     assert "variant orm · 12 rounds" in text(page)
     assert "prm_mean_last" not in json.loads((tmp_path / "report/summary.json").read_text())
     assert not (tmp_path / "report/plots/judge_vs_accuracy.png").exists()
@@ -148,7 +149,7 @@ def test_a_signal_that_is_sometimes_absent_leaves_a_gap(tmp_path: Path) -> None:
     gap = {k: v for k, v in signals(1).items() if k not in absent}
     given = inputs(tmp_path, [signals(0, prm_mean=0.6), gap, signals(2, prm_mean=0.8)])
     page = make(tmp_path, given)
-    assert page.count("<svg") == len(report.PLOTS)
+    assert page.count("<svg") == len(plots.PLOTS)
     assert "nan" not in page.lower()
     assert [row["prm_mean"] for row in rows(tmp_path / "report/rounds.csv")] == ["0.6", "", "0.8"]
 
@@ -209,7 +210,7 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     assert not re.search(r"https?:|@import|url\((?!#)", page)
     assert len(found.ids) == len(set(found.ids))
     assert set(found.headings) == {"h1", "h2", "h3"}
-    assert not any(colour in page.split("</style>")[1] for colour in report.LIGHT.values())
+    assert not any(colour in page.split("</style>")[1] for colour in plots.LIGHT.values())
 
 
 def test_names_are_text_not_markup(tmp_path: Path) -> None:

@@ -44,9 +44,14 @@ def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(tmp_path: Path) -> N
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(type(error)), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def write() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["file"]
 
@@ -55,10 +60,15 @@ def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("old")
-    with pytest.raises(ValueError, match="bad"), replacing(path) as temporary:
-        (temporary / "deep").mkdir(parents=True)
-        (temporary / "deep" / "half").write_text("half")
-        raise ValueError("bad")
+
+    def write() -> None:
+        with replacing(path) as temporary:
+            (temporary / "deep").mkdir(parents=True)
+            (temporary / "deep" / "half").write_text("half")
+            raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"):
+        write()
     assert names(path) == ["old"]
     assert names(tmp_path) == ["folder"]
 

@@ -68,6 +68,8 @@ def _rows(source: str, split: str, revision: str | None) -> list[dict[str, Any]]
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
         raise DataError("there is no such file", where=source, fix="correct prepare.source")
+    if path.suffix != ".parquet" and path.is_file() and not path.read_bytes().strip():
+        return []  # datasets ends with a bare StopIteration
     try:
         if path.is_file():
             kind = "parquet" if path.suffix == ".parquet" else "json"

@@ -49,13 +49,14 @@ class SumsSource:
             terms = draw_terms(stream, self._params.train)
             if prompt_of(terms) in held_out:
                 continue
-            yield prompt_of(terms), self._trace(stream, terms)
+            yield self._wording(prompt_of(terms)), self._trace(stream, terms)
             made += 1
 
     def _worded(self, problem: Problem) -> Problem:
-        if self._template == "{prompt}":
-            return problem
-        return replace(problem, prompt=self._template.format(prompt=problem.prompt.strip()))
+        return replace(problem, prompt=self._wording(problem.prompt))
+
+    def _wording(self, prompt: str) -> str:
+        return prompt if self._template == "{prompt}" else self._template.format(prompt=prompt.strip())
 
     def _stream(self, part: str) -> random.Random:
         return random.Random(f"{self._seed}/{part}")

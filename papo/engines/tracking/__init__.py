@@ -87,7 +87,7 @@ class BackgroundTracker:
     ) -> None:
         self._backend, self._where, self._warn = backend, without_password(where), warn
         self._connect, self._patience = connect, patience
-        self._jobs: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(WAITING)
+        self._jobs: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._refused: set[str] = set()
         self._done = 0
@@ -125,16 +125,15 @@ class BackgroundTracker:
         self._tell()
         if self._out.is_set() or not self._worker.is_alive():
             return
-        try:
-            self._jobs.put((what, call), timeout=self._patience)
-        except queue.Full:
+        if self._jobs.qsize() >= WAITING:
             self._give_up(f"{WAITING} calls are waiting")
+        self._jobs.put((what, call))
 
     def _drain(self) -> None:
         """Waits for the worker as long as it gets on: no single call may take longer than its limit."""
-        if not self._worker.is_alive() or self._out.is_set():
-            return
         self._jobs.put(None)
+        if self._out.is_set():
+            return
         before = -1
         while self._worker.is_alive() and self._done != before:
             before = self._done
@@ -184,6 +183,12 @@ def without_password(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException) -> str:
+    """One line: what the system said, where the chain of errors leads to that, else the error's own words."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            error = cause
+        cause = cause.__cause__ or cause.__context__
     line = " ".join(str(error).split()) or type(error).__name__
     return without_password(line if len(line) <= 300 else f"{line[:297]}...")

@@ -260,7 +260,11 @@ def _sqlite_file(uri: str) -> Path | None:
 
 def _save_transformers(policy: Path, out: Path, model: Any) -> None:
     import mlflow.transformers
+    from transformers import TextGenerationPipeline
+    from transformers.pipelines import check_task
 
+    # transformers 5 names the class by a string until it is used, which MLflow 3.17 takes for the class itself.
+    check_task("text-generation")[1]["impl"] = TextGenerationPipeline
     mlflow.transformers.save_model(
         str(policy.resolve()),  # absolute: a relative path such as artifacts/warmstart is taken for a name on the hub
         str(out),

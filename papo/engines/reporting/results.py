@@ -1,0 +1,108 @@
+"""What the page tells: signals by round, updates by step, benchmarks with their intervals."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, model_validator
+
+Rows = list[dict[str, float]]
+FloatArray = npt.NDArray[np.float64]
+
+
+class Estimate(BaseModel):
+    """A mean with its interval."""
+
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+    problems: int
+    missing: int = 0
+
+
+class PolicyResult(BaseModel):
+    """One policy on one benchmark."""
+
+    avg_at_k: Estimate
+    pass_at_k: Estimate
+    k: int
+    length_mean: FiniteFloat
+    truncated_share: FiniteFloat
+    no_answer_share: FiniteFloat
+    tiers: dict[str, Estimate] = {}
+
+
+class Benchmark(BaseModel):
+    """The policies by name, and the paired gain of `final` over `warmstart`."""
+
+    policies: dict[str, PolicyResult]
+    gain: Estimate
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not {"warmstart", "final", "gain"} <= values.keys():
+            raise ValueError("needs warmstart, final and gain")
+        return {"gain": values["gain"], "policies": {name: v for name, v in values.items() if name != "gain"}}
+
+    @property
+    def warmstart(self) -> PolicyResult:
+        return self.policies["warmstart"]
+
+    @property
+    def final(self) -> PolicyResult:
+        return self.policies["final"]
+
+    def ordered(self) -> list[tuple[str, PolicyResult]]:
+        """The policies in the order of training, by the name a person reads."""
+        between = sorted((_round_of(name), policy) for name, policy in self._between())
+        named = [(f"After round {round_}", policy) for round_, policy in between]
+        return [("Warm start", self.warmstart), *named, ("Final", self.final)]
+
+    def tiers(self) -> list[str]:
+        """The tiers, none if there is only one."""
+        names = sorted({tier for policy in self.policies.values() for tier in policy.tiers}, key=_natural)
+        return names if len(names) > 1 else []
+
+    def trained(self, rounds: int) -> list[tuple[int, Estimate]]:
+        """(rounds that the policy was trained for, avg@k), in order."""
+        between = [(_round_of(name) + 1, policy.avg_at_k) for name, policy in self._between()]
+        ends = [(0, self.warmstart.avg_at_k), (rounds, self.final.avg_at_k)]
+        return sorted(ends + between, key=lambda point: point[0])
+
+    def _between(self) -> list[tuple[str, PolicyResult]]:
+        return [(name, policy) for name, policy in self.policies.items() if re.fullmatch(r"round-\d+", name)]
+
+
+def _round_of(name: str) -> int:
+    return int(name.removeprefix("round-"))
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sorts `9 terms` before `10 terms`."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
+
+
+EVALUATION = TypeAdapter(Annotated[dict[str, Benchmark], Field(min_length=1)])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the page tells: a row of signals a round, a row of metrics an optimizer step, benchmarks by name."""
+
+    params: dict[str, Any]
+    rounds: Rows
+    steps: Rows
+    evaluation: dict[str, Benchmark]
+
+    def signal(self, name: str) -> FloatArray:
+        """One value a round, from 0 to the last; NaN where the signal is absent."""
+        values = np.full(1 + max((int(row["round"]) for row in self.rounds), default=-1), math.nan)
+        for row in self.rounds:
+            values[int(row["round"])] = row.get(name, math.nan)
+        return values

@@ -1,0 +1,159 @@
+"""The flows on tiny params, in this process, against a server of their own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State, TaskRun
+
+from flows.ablations import nightly_ablations
+from flows.pipeline import train_eval
+from papo.errors import ParamsError, StageError
+from papo.params import Variant
+from papo.pipeline import STAGES, steps
+from papo.session import Summary
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> SyncPrefectClient:
+    return get_client(sync_client=True)
+
+
+@pytest.fixture(scope="module")
+def first(client: SyncPrefectClient, checkout: Path) -> State[Summary]:
+    """The end of a first run."""
+    return train_eval(dvc=False, return_state=True)
+
+
+def run_of(client: SyncPrefectClient, state: State[Any]) -> FlowRun:
+    return client.read_flow_run(state.state_details.flow_run_id)
+
+
+def eventually(read: Callable[[], Any], expected: Any) -> None:
+    """Task runs reach the server as events, after the flow has ended."""
+    import time
+
+    deadline = time.monotonic() + 30
+    while (found := read()) != expected and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert found == expected
+
+
+def tasks_of(client: SyncPrefectClient, state: State[Any]) -> list[TaskRun]:
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    chosen = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+    return client.read_task_runs(flow_run_filter=chosen, limit=200)
+
+
+def artifacts_of(client: SyncPrefectClient, state: State[Any]) -> dict[str, Any]:
+    answer = client.request(
+        "POST",
+        "/artifacts/filter",
+        json={"artifacts": {"flow_run_id": {"any_": [str(state.state_details.flow_run_id)]}}},
+    )
+    return {artifact["key"]: artifact for artifact in answer.json()}
+
+
+def test_a_run_is_a_flow_run_with_a_readable_name(client: SyncPrefectClient, first: State[Summary]) -> None:
+    assert first.is_completed(), first.message
+    assert run_of(client, first).name == "papo seed0 1 rounds"
+
+
+def test_each_step_is_a_task_run_named_and_tagged_by_its_stage(
+    client: SyncPrefectClient, first: State[Summary]
+) -> None:
+    from papo.params import load_params
+
+    expected = {(str(step), (step.stage,), "COMPLETED") for step in steps(load_params())}
+    assert len(expected) == len(STAGES)
+    eventually(lambda: {(run.name, tuple(run.tags), run.state_type.value) for run in tasks_of(client, first)}, expected)
+
+
+def test_artifacts_show_progress_and_result(client: SyncPrefectClient, first: State[Summary]) -> None:
+    artifacts = artifacts_of(client, first)
+    assert set(artifacts) == {"papo-progress", "papo-result", "papo-accuracy", "papo-training", "papo-time"}
+    assert artifacts["papo-progress"]["data"] == 100.0
+    assert artifacts["papo-progress"]["description"] == "1 of 1 rounds"
+    assert "**tiny**: warm start avg@2" in artifacts["papo-result"]["data"]
+    assert "index.html" in artifacts["papo-result"]["data"]
+    assert "whole run" in artifacts["papo-time"]["data"]
+
+
+def test_a_second_run_finds_everything_done(first: State[Summary]) -> None:
+    again = train_eval(dvc=False)
+    assert (again.ran, again.skipped) == (0, len(STAGES))
+
+
+def test_nothing_of_a_result_is_kept_by_prefect(first: State[Summary], server: str) -> None:
+    from prefect.settings import PREFECT_HOME
+
+    assert not list((PREFECT_HOME.value() / "storage").glob("*"))
+
+
+def test_params_that_are_wrong_end_the_flow_failed_with_the_message(
+    client: SyncPrefectClient, checkout: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    state = train_eval(overrides=("rollout.group_sise=3",), return_state=True)
+    shown = run_of(client, state).state
+    assert shown is not None
+    assert shown.is_failed()
+    assert "did you mean rollout.group_size?" in str(shown.message)
+    assert "to do:" in str(shown.message)
+    assert "Traceback" not in capfd.readouterr().err
+    with pytest.raises(ParamsError):
+        state.result()
+
+
+def test_a_stage_that_cannot_go_on_ends_its_task_and_the_flow_failed(client: SyncPrefectClient, checkout: Path) -> None:
+    overrides = ("prepare.source=nowhere.jsonl", "prepare.holdout=2", "evaluate.benchmarks=[holdout]")
+    state = train_eval(overrides=overrides, workspace="other", dvc=False, return_state=True)
+    assert state.is_failed()
+    assert "nowhere.jsonl" in str(state.message)
+    eventually(lambda: [(run.name, run.state_type.value) for run in tasks_of(client, state)], [("prepare", "FAILED")])
+
+
+def test_the_form_of_the_deployment_knows_the_variants() -> None:
+    from typing import get_args
+
+    schema = train_eval.parameters.properties
+    (variants,) = (option["enum"] for option in schema["variant"]["anyOf"] if "enum" in option)
+    assert variants == list(get_args(Variant))
+    assert schema["rounds"]["description"] == "run.rounds."
+    assert nightly_ablations.parameters.properties["variants"]["items"]["enum"] == variants
+
+
+def test_a_failing_ablation_is_a_row_and_not_the_end(client: SyncPrefectClient, checkout: Path) -> None:
+    state = nightly_ablations(
+        variants=("convex", "papo"), seeds=(0,), overrides=("advantage.lam=2",), return_state=True
+    )
+    assert state.is_completed()
+    assert state.message == "2 runs, 1 failed"
+    failed, done = state.result()
+    assert failed["variant"] == "convex"
+    assert "needs lam between 0 and 1" in failed["error"]
+    assert done["state"] == "Completed"
+    assert "tiny, final avg@2" in done
+    assert list((checkout / "runs/nightly").iterdir()) == [checkout / "runs/nightly/papo-seed0"]
+    assert set(artifacts_of(client, state)) == {"papo-ablations"}
+
+
+def test_ablations_that_all_fail_end_failed(checkout: Path, server: str) -> None:
+    with pytest.raises(StageError, match="all 2 runs failed"):
+        nightly_ablations(variants=("convex",), seeds=(0, 1), overrides=("advantage.lam=2",))
+
+
+def test_a_person_at_a_terminal_gets_the_message_and_the_exit_code(checkout: Path, server: str) -> None:
+    environment = os.environ | {"PREFECT_API_URL": server, "PREFECT_HOME": str(checkout / "home")}
+    command = [sys.executable, "-m", "flows.pipeline", "--set", "run.rounds=0"]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "\npapo: the params are not valid:\n  - run.rounds:" in done.stderr
+    assert "Traceback" not in done.stderr

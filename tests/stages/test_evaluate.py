@@ -1,0 +1,181 @@
+"""evaluate: every policy on every benchmark with the same seeds; a restart asks only for what is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from papo.engines.protocols import Progress, Sampler, Verdict
+from papo.params import EvaluateParams
+from papo.schemas import EVALUATION, row_seed
+from papo.stages import evaluate
+from papo.store.files import digest
+from papo.store.manifest import Context, Manifest
+from papo.store.tables import read_rows
+
+PARAMS = EvaluateParams(benchmarks=("a", "b"), samples_per_problem=2, problems_per_shard=1)
+
+
+class FakeVerifier:
+    """Right where the answers are equal; `failed` instead of a verdict on a completion of \\boxed{2}."""
+
+    def __init__(self, failed: str | None = None) -> None:
+        self._failed = failed
+
+    def verify(self, items: Sequence[tuple[str, str]], progress: Progress) -> list[Verdict]:
+        return [self._verdict(gold, completion) for gold, completion in items]
+
+    def versions(self) -> dict[str, str]:
+        return {"verifier": "1"}
+
+    def _verdict(self, gold: str, completion: str) -> Verdict:
+        answer = completion.removeprefix("\\boxed{").removesuffix("}")
+        if self._failed and answer == "2":
+            return Verdict(None, None, self._failed)
+        return Verdict(float(answer == gold), answer, "ok")
+
+
+@pytest.fixture
+def inputs(small_round: Any, tmp_path: Path) -> evaluate.Inputs:
+    small_round.answers = {f"{n}=?\n": str(n % 3) for n in range(3)}
+    first = small_round.problems().rename(tmp_path / "a.parquet")
+    small_round.answers = {f"{n}=?\n": str(n % 3) for n in range(3, 5)}
+    second = small_round.problems().rename(tmp_path / "b.parquet")
+    policies = {"warmstart": tmp_path / "warmstart", "final": tmp_path / "final"}
+    for name, path in policies.items():
+        path.mkdir()
+        (path / "weights").write_text(name)
+    return evaluate.Inputs(seed=5, policies=policies, benchmarks={"a": first, "b": second})
+
+
+def run(
+    inputs: evaluate.Inputs, out: Path, samplers: dict[str, Any], context: Context, failed: str | None = None
+) -> Manifest:
+    def sampler(policy: Path) -> Sampler:
+        found: Sampler = samplers[policy.name]
+        return found
+
+    engine = evaluate.Engine(sampler=sampler, verifier=FakeVerifier(failed))
+    return evaluate.run(PARAMS, inputs, out, engine=engine, context=context)
+
+
+def test_the_rows(tmp_path: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any) -> None:
+    manifest = run(inputs, tmp_path / "out", {"warmstart": fake_sampler(), "final": fake_sampler()}, context)
+    rows = read_rows(tmp_path / "out/a.parquet", EVALUATION)
+    assert [row["policy"] for row in rows] == ["warmstart"] * 6 + ["final"] * 6
+    assert [row["sample_index"] for row in rows] == [0, 1] * 6
+    assert [row["problem_id"] for row in rows[:6]] == [row["problem_id"] for row in rows[6:]]
+    for row in rows:
+        assert row["seed"] == row_seed(5, -1, row["problem_id"], row["sample_index"])
+        assert row["policy_digest"] == digest(inputs.policies[row["policy"]])
+    assert len(read_rows(tmp_path / "out/b.parquet", EVALUATION)) == 8
+    assert (manifest.rows, manifest.counts) == (20, {"ok": 20})
+    assert manifest.versions == {"fake": "1", "verifier": "1"}
+
+
+def test_the_metrics(tmp_path: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any) -> None:
+    manifest = run(inputs, tmp_path / "out", {"warmstart": fake_sampler(), "final": fake_sampler()}, context)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    rows = read_rows(tmp_path / "out/a.parquet", EVALUATION)[:6]
+    mean = sum(row["orm_score"] for row in rows) / 6
+    assert set(metrics) == {"a", "b"}
+    assert set(metrics["a"]) == {"warmstart", "final", "gain"}
+    assert metrics["a"]["warmstart"]["avg_at_k"]["value"] == pytest.approx(mean)
+    assert metrics["a"]["warmstart"]["k"] == 2
+    assert metrics["a"]["gain"]["value"] == 0.0  # the fake has no policy, so both give the same
+    assert manifest.metrics["a/final/avg_at_k"] == pytest.approx(mean)
+
+
+def test_a_sample_without_a_verdict_counts_as_wrong_and_is_named(
+    tmp_path: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any
+) -> None:
+    manifest = run(inputs, tmp_path / "out", {"warmstart": fake_sampler(), "final": fake_sampler()}, context, "timeout")
+    rows = [row for name in "ab" for row in read_rows(tmp_path / f"out/{name}.parquet", EVALUATION)]
+    failed = [row for row in rows if row["status"] == "timeout"]
+    assert failed
+    assert all(row["orm_score"] is None for row in failed)
+    assert manifest.counts["timeout"] == len(failed)
+    ours = [row["orm_score"] or 0.0 for row in read_rows(tmp_path / "out/a.parquet", EVALUATION)[:6]]
+    assert manifest.metrics["a/warmstart/avg_at_k"] == pytest.approx(sum(ours) / 6)
+
+
+def test_a_second_run_asks_nothing(
+    tmp_path: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any
+) -> None:
+    run(inputs, tmp_path / "out", {"warmstart": fake_sampler(), "final": fake_sampler()}, context)
+    assert run(inputs, tmp_path / "out", {}, context).skipped
+
+
+def same_as_undisturbed(folder: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any) -> bool:
+    whole = folder.with_name("whole")
+    run(inputs, whole, {"warmstart": fake_sampler(), "final": fake_sampler()}, context)
+    names = ("a.parquet", "b.parquet", "metrics.json")
+    return all((folder / name).read_bytes() == (whole / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 5])
+def test_an_interrupted_stage_asks_only_for_what_is_missing(
+    tmp_path: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any, at: int
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    before = {"warmstart": fake_sampler(), "final": fake_sampler(stop_at=at, stop=interrupt)}
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, tmp_path / "out", before, context)
+    assert not (tmp_path / "out/metrics.json").exists()
+    after = {"warmstart": fake_sampler(), "final": fake_sampler()}
+    run(inputs, tmp_path / "out", after, context)
+    for name in before:
+        assert len(before[name].batches) + len(after[name].batches) == 5
+    assert same_as_undisturbed(tmp_path / "out", inputs, context, fake_sampler)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+tests, folder, work = map(Path, sys.argv[1:])
+sys.path[:0] = [str(tests), str(tests / "stages")]
+from conftest import FakeSampler
+from test_evaluate import FakeVerifier, PARAMS
+from papo.stages import evaluate
+from papo.store.manifest import Context
+policies = {name: folder / name for name in ("warmstart", "final")}
+benchmarks = {name: folder / f"{name}.parquet" for name in "ab"}
+engines = {"warmstart": FakeSampler(), "final": FakeSampler(stop_at=2, stop=lambda: os.kill(os.getpid(), signal.SIGKILL))}
+engine = evaluate.Engine(sampler=lambda policy: engines[policy.name], verifier=FakeVerifier())
+inputs = evaluate.Inputs(5, policies, benchmarks)
+evaluate.run(PARAMS, inputs, folder / "out", engine=engine, context=Context(work=work))
+"""
+
+
+def test_a_killed_stage_goes_on_and_gives_the_same_bytes(
+    tmp_path: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any
+) -> None:
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, "-c", KILLED, str(tests), str(tmp_path), str(context.work)]
+    assert subprocess.run(command, check=False).returncode == -9
+    samplers = {"warmstart": fake_sampler(), "final": fake_sampler()}
+    run(inputs, tmp_path / "out", samplers, context)
+    assert {name: len(sampler.batches) for name, sampler in samplers.items()} == {"warmstart": 2, "final": 4}
+    assert same_as_undisturbed(tmp_path / "out", inputs, context, fake_sampler)
+
+
+def test_policies_in_between_are_evaluated_too(
+    tmp_path: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any
+) -> None:
+    policies = {
+        "warmstart": inputs.policies["warmstart"],
+        "round-1": inputs.policies["final"],
+        "final": inputs.policies["final"],
+    }
+    given = evaluate.Inputs(5, policies, inputs.benchmarks)
+    run(given, tmp_path / "out", {"warmstart": fake_sampler(), "final": fake_sampler()}, context)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert set(metrics["b"]) == {"warmstart", "round-1", "final", "gain"}

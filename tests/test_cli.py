@@ -1,0 +1,333 @@
+"""The commands as a person meets them: exit codes, messages, and what is left when one is interrupted."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from papo.cli import STAGE_HELP, main
+from papo.pipeline import ROUND_STAGES, STAGES
+from papo.store.files import digest
+from papo.store.layout import Workspace
+from papo.store.lock import exclusive
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Path -> digest of every result in a folder; what is under .papo is none."""
+    return {
+        str(path.relative_to(folder)): digest(path)
+        for path in folder.rglob("*")
+        if path.is_file() and ".papo" not in path.parts
+    }
+
+
+BAD = {
+    "unknown key": (["prepare", "--set", "advantage.lamb=2"], "did you mean advantage.lam?"),
+    "misspelt override": (["prepare", "--set", "advantage.lam"], "not of the form key=value"),
+    "G = 1": (
+        ["prepare", "--set", "rollout.group_size=1"],
+        "rollout.group_size: input should be greater than or equal to 2",
+    ),
+    "lam < 0": (["prepare", "--set", "advantage.lam=-1"], "advantage.lam: input should be greater than or equal to 0"),
+    "temperature 0": (["prepare", "--set", "rollout.temperature=0"], "temperature 0 with group_size 8"),
+    "two at once": (["prepare", "--set", "run.rounds=0", "--set", "run.sed=1"], "did you mean run.seed?"),
+    "unknown preset": (["prepare", "--preset", "nope"], "there is no preset 'nope'"),
+    "round missing": (["rollout"], "rollout needs --round"),
+    "round too large": (["rollout", "--round", "1"], "there is no round 1: run.rounds is 1"),
+    "round below 0": (["train", "--round", "-1"], "there is no round -1"),
+    "round where there is none": (["prepare", "--round", "0"], "prepare takes no --round"),
+    "prepare has not run": (["warmstart"], "run `papo prepare` first"),
+    "warmstart has not run": (["evaluate"], "run `papo warmstart` first"),
+    "rollout has not run": (["score-orm", "--round", "0"], "run `papo rollout --round 0` first"),
+    "dvc.yaml is old": (["dvc", "--check"], "dvc.yaml is not what params.yaml asks for"),
+    "workspace is a file": (["prepare", "--workspace", "params.yaml"], "where: params.yaml"),
+    "no git": (["run"], "not a git checkout"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_wrong_input_ends_with_2_and_says_what_where_and_what_to_do(
+    checkout: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    before = tree(checkout)
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("papo: ")
+    assert message in shown
+    assert "  where: " in shown
+    assert "  to do: " in shown
+    assert "Traceback" not in shown
+    assert tree(checkout) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["rolout"], ["rollout", "--round", "first"], ["run", "--no-dvcs"], ["prepare", "--se", "a=1"]]
+)
+def test_a_command_line_that_is_none_ends_with_2(
+    checkout: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: papo" in capsys.readouterr().err
+
+
+def test_outside_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["params"]) == 2
+    assert "there is no such params file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert tuple(name.replace("-", "_") for name in STAGE_HELP) == STAGES
+    for stage in STAGES:
+        assert re.search(rf"^    {stage.replace('_', '-')}\s", shown, re.MULTILINE)
+    for stage in ROUND_STAGES:
+        assert "needs --round" in STAGE_HELP[stage.replace("_", "-")]
+
+
+def test_help_imports_no_heavy_library() -> None:
+    code = (
+        "import sys, papo.cli\n"
+        "try: papo.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(*sorted(name for name in sys.modules if '.' not in name), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {
+        "torch",
+        "transformers",
+        "trl",
+        "datasets",
+        "mlflow",
+        "prefect",
+        "dvc",
+        "numpy",
+        "pyarrow",
+        "pydantic",
+        "rich",
+    }
+    assert "papo" in done.stderr.split()
+    assert heavy & set(done.stderr.split()) == set()
+
+
+def test_params_prints_what_is_in_force(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", "--set", "advantage.lam=0.25"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "advantage.lam = 0.25" in lines
+    assert "warmstart.steps = 2" in lines
+    assert "prepare.sums.eval.sums-hard.problems = 4" in lines
+    assert len(lines) == len({line.split(" = ")[0] for line in lines})
+
+
+def test_dvc_writes_what_check_asks_for(checkout: Path) -> None:
+    assert main(["dvc"]) == 0
+    assert main(["dvc", "--check"]) == 0
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["run"]["rounds"] = 2
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    before = Path("dvc.yaml").read_text()
+    assert main(["dvc", "--check"]) == 2
+    assert Path("dvc.yaml").read_text() == before
+    assert main(["dvc"]) == 0
+    assert Path("dvc.yaml").read_text() != before
+
+
+def test_a_stage_says_when_it_had_been_done_before(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare"]) == 0
+    assert "prepare: done in" in capsys.readouterr().err
+    before = tree(checkout)
+    assert main(["prepare"]) == 0
+    assert "prepare: had been done before" in capsys.readouterr().err
+    assert tree(checkout) == before
+
+
+def test_a_preset_lies_over_the_params(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("advantage: {lam: 0.125}\n")
+    assert main(["params", "--preset", "mine.yaml"]) == 0
+    assert "advantage.lam = 0.125" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["prepare"], ["run", "--no-dvc"]])
+def test_a_workspace_that_is_in_use(checkout: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    with exclusive(Workspace(Path())):
+        assert main(command) == 2
+    assert "another run is going on in this workspace (process " in capsys.readouterr().err
+    assert not (checkout / "data").exists()
+
+
+def test_another_workspace_is_another_run(checkout: Path) -> None:
+    with exclusive(Workspace(Path())):
+        assert main(["prepare", "--workspace", "runs/other"]) == 0
+    assert (checkout / "runs/other/data/problems/train.parquet").exists()
+    assert not (checkout / "data").exists()
+
+
+def test_too_many_failed_rows_end_with_1(started_checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The step judge reads sums only: every response to a problem worded otherwise is unparsable.
+    Path("words.jsonl").write_text("".join(f'{{"prompt": "{n} and {n}", "answer": "{2 * n}"}}\n' for n in range(4)))
+    source = [
+        "prepare.source=words.jsonl",
+        "prepare.holdout=1",
+        "evaluate.benchmarks=[holdout]",
+        "advantage.variant=prm",
+    ]
+    given = [item for value in source for item in ("--set", value)]
+    assert main(["prepare", *given]) == 0
+    for command in ("rollout", "score-orm"):
+        assert main([command, "--round", "0", *given]) == 0
+    capsys.readouterr()
+    assert main(["score-prm", "--round", "0", *given]) == 1
+    shown = capsys.readouterr().err
+    assert "16 of 16 rows failed: 16 unparsable" in shown
+    assert "score_prm.max_failed_share" in shown
+
+
+@pytest.mark.parametrize("checkpoint", ["/nope", "params.yaml", "data"])
+def test_a_checkpoint_that_is_none(started_checkout: Path, capsys: pytest.CaptureFixture[str], checkpoint: str) -> None:
+    before = tree(started_checkout)
+    assert main(["warmstart", "--set", f"warmstart.checkpoint={checkpoint}"]) == 2
+    shown = capsys.readouterr().err
+    assert checkpoint in shown
+    assert "to do: " in shown
+    assert tree(started_checkout) == before
+
+
+@pytest.mark.parametrize(
+    ("table", "reader", "maker"),
+    [
+        ("data/problems/train.parquet", ["rollout", "--round", "0"], ["prepare"]),
+        ("data/problems/traces.parquet", ["warmstart"], ["prepare"]),
+        ("artifacts/rounds/0/rollouts.parquet", ["score-orm", "--round", "0"], ["rollout", "--round", "0"]),
+    ],
+)
+def test_a_truncated_table_is_named_and_made_again(
+    started_checkout: Path, capsys: pytest.CaptureFixture[str], table: str, reader: list[str], maker: list[str]
+) -> None:
+    path = started_checkout / table
+    before = tree(started_checkout)
+    path.write_bytes(path.read_bytes()[:-30])
+    assert main(reader) == 2
+    shown = capsys.readouterr().err
+    assert "not a whole Parquet file" in shown
+    assert f"where: {table}" in shown
+    assert main(maker) == 0
+    assert "changed after" in capsys.readouterr().err
+    assert tree(started_checkout)[table] == before[table]
+    assert main(reader) == 0
+
+
+# Interrupted: a real process, a real SIGINT, the real engines.
+
+
+def has_files(folder: Path) -> Callable[[], bool]:
+    return lambda: folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))
+
+
+def has_folders(folder: Path) -> Callable[[], bool]:
+    return lambda: any(path.is_dir() for path in folder.iterdir())
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+LONG = {
+    "warmstart": (
+        ["warmstart", "--set", "warmstart={steps: 60, batch_size: 4, microbatch: 4}"],
+        "artifacts/warmstart",
+    ),
+    "rollout": (["rollout", "--round", "0"], "artifacts/rounds/0/rollouts.parquet"),
+    "train": (["train", "--round", "0"], "artifacts/rounds/0/policy"),
+    "evaluate": (["evaluate"], "artifacts/evaluation/metrics.json"),
+}
+
+
+@pytest.fixture
+def long_checkout(started_checkout: Path) -> Path:
+    """Many small shards and steps, so that there is a half-way."""
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["prepare"]["sums"]["train"]["problems"] = 24
+    for tier in params["prepare"]["sums"]["eval"].values():
+        tier["problems"] = 8
+    params["rollout"] |= {"prompts_per_round": 24, "prompts_per_shard": 1}
+    params["train"] |= {"minibatch_prompts": 1}
+    params["evaluate"] |= {"problems_per_shard": 1}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    shutil.rmtree("artifacts/rounds")
+    return started_checkout
+
+
+@pytest.mark.parametrize("stage", LONG)
+def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(
+    long_checkout: Path, tmp_path: Path, start_papo: Callable[..., subprocess.Popen[str]], stage: str
+) -> None:
+    command, output = LONG[stage]
+    assert main(["prepare"]) == 0
+    if stage == "train":
+        whole = ["--set", "rollout.prompts_per_shard=24"]
+        assert main(["rollout", "--round", "0", *whole]) == 0
+        for name in ("score-orm", "score-prm", "advantage"):
+            assert main([name, "--round", "0"]) == 0
+    if stage == "evaluate":
+        shutil.copytree("artifacts/warmstart", "artifacts/rounds/0/policy")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    before = tree(long_checkout)
+
+    process = start_papo(*command, cwd=long_checkout, TMPDIR=str(scratch))
+    shards = long_checkout / ".papo" / "work"
+    wait_until(has_files(shards) if stage in ("rollout", "evaluate") else has_folders(scratch), process)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "papo: interrupted" in errors
+    assert "Traceback" not in errors
+    assert tree(long_checkout) == before
+    kept = len(list(shards.rglob("*.parquet"))) if shards.exists() else 0
+    assert (kept > 0) == (stage in ("rollout", "evaluate"))
+
+    assert main(command) == 0
+    made = tree(long_checkout)
+    assert any(name.startswith(output) for name in set(made) - set(before)) or stage == "warmstart"
+    assert not any(name.endswith(".tmp") for name in made)
+    assert main(command) == 0
+    assert tree(long_checkout) == made
+    if stage == "rollout":
+        shutil.rmtree("artifacts/rounds")
+        assert main(command) == 0
+        assert tree(long_checkout)[output] == made[output]
+
+
+def test_a_signal_that_kills_leaves_a_workspace_that_goes_on(
+    started_checkout: Path, start_papo: Callable[..., subprocess.Popen[str]]
+) -> None:
+    lock = started_checkout / ".papo" / "lock.json"
+    shutil.rmtree("artifacts/warmstart")
+    process = start_papo("warmstart", cwd=started_checkout)
+    wait_until(lock.exists, process)
+    process.kill()
+    process.communicate()
+    assert main(["warmstart"]) == 0
+    assert not lock.exists()

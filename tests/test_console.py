@@ -1,0 +1,116 @@
+"""What a person sees in a terminal, and in a log where there is none."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from papo.console import accuracy_rows, configure_logging, course_rows, make_context, show_summary, time_rows, warn
+from papo.session import Summary
+
+
+def estimate(value: float, low: float | None = None, high: float | None = None) -> dict[str, float | None]:
+    return {"value": value, "low": low, "high": high}
+
+
+def policy(value: float, **tiers: float) -> dict[str, Any]:
+    return {
+        "avg_at_k": estimate(value, value - 0.05, value + 0.05), "k": 4, "length_mean": 20.0,
+        "tiers": {tier: estimate(accuracy) for tier, accuracy in tiers.items()},
+    }  # fmt: skip
+
+
+def summary(**change: Any) -> Summary:
+    facts: dict[str, Any] = {
+        "evaluation": {
+            "easy": {"warmstart": policy(0.4, a=0.3, b=0.5), "final": policy(0.6, a=0.6, b=0.6), "gain": estimate(0.2, 0.1, 0.3)},
+            "hard": {"warmstart": policy(0.1, c=0.1), "final": policy(0.05, c=0.05), "gain": estimate(-0.05)},
+        },
+        "first": {"accuracy": 0.25, "length_mean": 20.0},
+        "last": {"accuracy": 0.75, "length_mean": 30.0, "truncated_share": 0.5},
+        "seconds": {"warmstart": 30.0, "train": 50.0, "report": 5.0},
+        "total_seconds": 100.0,
+        "ran": 3,
+        "skipped": 4,
+        "report": Path("artifacts/report/index.html"),
+        "link": None,
+        "dvc": "recorded",
+    }  # fmt: skip
+    return Summary(**facts | change)
+
+
+def test_accuracy_by_benchmark_and_tier_with_intervals() -> None:
+    easy, tier_a, tier_b, hard = accuracy_rows(summary())
+    assert easy == {
+        "benchmark": "easy", "tier": "all", "warm start avg@4": "40.0 [35.0, 45.0]", "final avg@4": "60.0 [55.0, 65.0]",
+        "gain": "+20.0 [10.0, 30.0]", "length": "20.0 -> 20.0",
+    }  # fmt: skip
+    assert (tier_a["tier"], tier_a["final avg@4"], tier_a["gain"]) == ("a", "60.0", "+30.0")
+    assert tier_b["gain"] == "+10.0"
+    assert (hard["gain"], hard["benchmark"]) == ("-5.0", "hard")
+
+
+def test_only_signals_that_both_rounds_have() -> None:
+    assert course_rows(summary()) == [
+        {"signal": "training accuracy", "first round": "0.250", "last round": "0.750"},
+        {"signal": "mean length, tokens", "first round": "20.000", "last round": "30.000"},
+    ]
+
+
+def test_what_is_not_work_is_overhead() -> None:
+    assert summary().overhead_share == pytest.approx(0.2)
+    assert [(row["stage"], row["share"]) for row in time_rows(summary())] == [
+        ("warmstart", "30%"), ("train", "50%"), ("report", "5%"), ("whole run", "100%"),
+        ("not policy, verifier or judge", "20.0%"),
+    ]  # fmt: skip
+
+
+def test_the_summary_names_report_record_and_dvc(capsys: pytest.CaptureFixture[str]) -> None:
+    show_summary(summary(link="http://server/#/run"))
+    text = capsys.readouterr().out
+    for part in ("3 steps ran, 4 had been done before", "report   artifacts/report/index.html", "60.0 [55.0, 65.0]",
+                 "MLflow   http://server/#/run", "DVC      recorded"):  # fmt: skip
+        assert part in text
+    show_summary(summary())
+    assert "MLflow" not in capsys.readouterr().out
+
+
+def test_the_summary_of_a_run_that_had_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    show_summary(summary(evaluation={}, first={}, last={}, seconds={}, ran=0))
+    assert "0 steps ran" in capsys.readouterr().out
+
+
+def test_without_a_terminal_a_line_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
+    context = make_context(tmp_path)
+    with context.progress("rollout 3", 10) as advance:
+        advance(4)
+        advance(6)
+    warn("look here")
+    first, second = capsys.readouterr().err.splitlines()
+    assert "INFO rollout 3 10/10 in " in first
+    assert second.endswith("WARNING look here")
+    assert context.work == tmp_path
+
+
+def test_an_interrupted_stage_claims_no_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
+
+    def stop() -> None:
+        with make_context(tmp_path).progress("rollout 3", 10) as advance:
+            advance(4)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert capsys.readouterr().err == ""
+
+
+def test_logging_twice_writes_once(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
+    configure_logging()
+    logging.getLogger("papo").info("once")
+    assert capsys.readouterr().err.count("once") == 1

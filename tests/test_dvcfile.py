@@ -1,0 +1,97 @@
+"""dvc.yaml says what the stages depend on and make, no less and no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from papo.dvcfile import PARAMS, render
+from papo.params import Params, load_params
+from papo.pipeline import CODE, ROUND_STAGES, STAGES
+from papo.store.layout import Workspace
+
+ROOT = Path(__file__).parents[1]
+DEFAULT = load_params(ROOT / "params.yaml")
+
+
+def stages(params: Params = DEFAULT) -> dict[str, Any]:
+    """Stage -> its definition, of dvc.yaml."""
+    written = yaml.safe_load(render(params))["stages"]
+    return {name: stage.get("do", stage) for name, stage in written.items()}
+
+
+def test_the_committed_file_is_that_of_the_committed_params() -> None:
+    assert (ROOT / "dvc.yaml").read_text() == render(DEFAULT), "run `papo dvc`"
+
+
+def test_every_stage_is_there_in_order() -> None:
+    assert tuple(stages()) == STAGES
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_its_code(stage: str) -> None:
+    code = {dep for dep in stages()[stage]["deps"] if dep.startswith("papo/")}
+    assert code == {f"papo/{path}" for path in CODE[stage]}
+    assert all((ROOT / dep).exists() for dep in code)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_params_that_exist(stage: str) -> None:
+    assert stages()[stage]["params"] == PARAMS[stage]
+    committed = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for key in PARAMS[stage]:
+        value: Any = DEFAULT
+        written: Any = committed
+        for part in key.split("."):
+            value = getattr(value, part)
+            assert part in written, f"DVC looks for {key} in params.yaml"
+            written = written[part]
+        assert value is not None
+
+
+def test_a_stage_depends_on_its_own_section() -> None:
+    assert all(stage in keys for stage, keys in PARAMS.items())
+    assert not any(key.startswith("tracking") for keys in PARAMS.values() for key in keys)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_command_is_that_of_the_stage(stage: str) -> None:
+    rounds = " --round ${item.k}" if stage in ROUND_STAGES else ""
+    assert stages()[stage]["cmd"] == f"papo {stage.replace('_', '-')}{rounds}"
+
+
+def test_what_a_stage_needs_another_makes() -> None:
+    """Every file that is a dependency is an output, or lies in one, or holds some."""
+    made = [Path(out) for stage in stages().values() for out in [*stage["outs"], *metrics(stage)]]
+    made.append(Path("${item.policy}"))
+    made.append(Path("${item.state}"))
+    for name, stage in stages().items():
+        for dep in stage["deps"]:
+            path = Path(dep)
+            concrete = [path, Path(str(path).replace("/0/", "/${item.k}/").replace("/19/", "/${item.k}/"))]
+            assert dep.startswith("papo/") or any(
+                one.is_relative_to(out) or out.is_relative_to(one) for one in concrete for out in made
+            ), f"{name} needs {dep}"
+
+
+def metrics(stage: dict[str, Any]) -> list[str]:
+    return [path for entry in stage.get("metrics", []) for path in entry]
+
+
+def test_rounds_hand_on_policy_and_optimizer_state() -> None:
+    params = load_params(ROOT / "params.yaml", overrides=["run.rounds=3"])
+    (variables,) = yaml.safe_load(render(params))["vars"]
+    here = Workspace(Path())
+    assert [item["k"] for item in variables["rounds"]] == [0, 1, 2]
+    assert [item["policy"] for item in variables["rounds"]] == [str(here.policy(k - 1)) for k in range(3)]
+    assert [item["state"] for item in variables["rounds"][1:]] == [str(here.trainer(k - 1)) for k in (1, 2)]
+
+
+def test_evaluation_depends_on_the_policies_it_evaluates() -> None:
+    params = load_params(ROOT / "params.yaml", overrides=["run.rounds=6", "evaluate.every=2"])
+    deps = stages(params)["evaluate"]["deps"]
+    policies = [dep for dep in deps if dep.startswith("artifacts/")]
+    assert policies == ["artifacts/warmstart", *(f"artifacts/rounds/{k}/policy" for k in (1, 3, 5))]

@@ -1,0 +1,259 @@
+"""A whole run: DVC agrees, a second one has nothing to do, a change reruns only what it concerns, the record is kept."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from papo.cli import main
+from papo.engines.tracking import NullTracker
+from papo.errors import BusyError, SetupError
+from papo.params import load_params
+from papo.pipeline import Step, run_step, steps
+from papo.session import Session, Summary, lineage, share_start
+from papo.store.files import digest
+from papo.store.layout import Workspace, manifest_path
+from papo.store.lock import exclusive
+from papo.store.manifest import Context
+
+STEPS = 9
+OTHER = "report.title=another run"
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "dvc", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+class Recorder(NullTracker):
+    """A tracker that keeps the names of its calls."""
+
+    def __init__(self, fail: BaseException | None = None) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.tags: dict[str, str] = {}
+        self._fail = fail
+
+    def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        if self._fail is not None:
+            raise self._fail
+        self.tags.update(tags)
+        self.calls.append(("start", name))
+
+    def stage(self, stage: str, round_: int | None, manifest: Mapping[str, Any]) -> None:
+        self.calls.append(("stage", stage, round_))
+
+    def policy(self, path: Path, name: str, metrics: Mapping[str, float]) -> None:
+        self.calls.append(("policy", name, sorted(metrics)))
+
+    def finish(self, status: str, metrics: Mapping[str, float]) -> None:
+        self.calls.append(("finish", status, sorted(metrics)))
+
+
+@pytest.fixture
+def here(tiny_copy: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a copy of the checkout after its run."""
+    folder = tiny_copy()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def session(folder: Path, tracker: Recorder, *overrides: str) -> Session:
+    params = load_params(overrides=overrides)
+    return Session(params, Workspace(folder), name="a run", tracker=tracker, context=Context(work=folder / ".papo"))
+
+
+def test_dvc_status_is_clean_after_a_run(tiny_run: Path) -> None:
+    assert dvc(tiny_run, "status") == "Data and pipelines are up to date.\n"
+
+
+def test_a_run_makes_what_dvc_describes(tiny_run: Path) -> None:
+    lock = yaml.safe_load((tiny_run / "dvc.lock").read_text())
+    outs = [out["path"] for stage in lock["stages"].values() for out in stage["outs"]]
+    assert len(lock["stages"]) == STEPS
+    assert all((tiny_run / out).exists() for out in outs)
+    assert len(set(outs)) == len(outs)
+
+
+def test_a_run_leaves_nothing_half(tiny_run: Path) -> None:
+    left = [path for path in tiny_run.rglob("*") if path.name.endswith(".tmp") or path.parts[-2:-1] == ("work",)]
+    assert left == []
+    assert not (tiny_run / ".papo/lock.json").exists()
+
+
+def test_a_second_run_has_nothing_to_do(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tiny_run)
+    before = (tiny_run / "dvc.lock").read_text()
+    assert main(["run"]) == 0
+    assert f"0 steps ran, {STEPS} had been done before" in capsys.readouterr().out
+    assert (tiny_run / "dvc.lock").read_text() == before
+
+
+def skipped(folder: Path, *overrides: str, until: str) -> dict[str, bool]:
+    """Step -> had it been done before, up to the step `until`."""
+    params = load_params(overrides=overrides)
+    found: dict[str, bool] = {}
+    for step in steps(params):
+        found[str(step)] = run_step(step, params, Workspace(folder), Context(work=folder / ".papo")).skipped
+        if str(step) == until:
+            break
+    return found
+
+
+def test_another_lam_leaves_data_warm_start_and_the_scores_of_round_0_alone(here: Path) -> None:
+    assert skipped(here, "advantage.lam=0.5", until="advantage 0") == {
+        "prepare": True, "warmstart": True, "rollout 0": True, "score_orm 0": True, "score_prm 0": True, "advantage 0": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [("score_orm.timeout_s=2", "score_orm 0"), ("advantage.variant=prm", "score_prm 0"), ("rollout.temperature=0.9", "rollout 0"),
+     ("report.title=x", "report")],
+)  # fmt: skip
+def test_a_change_reruns_from_the_stage_it_concerns(here: Path, override: str, first: str) -> None:
+    found = skipped(here, override, until=first)
+    assert [step for step, done in found.items() if not done] == [first]
+
+
+def test_tracking_changes_nothing(here: Path) -> None:
+    assert all(skipped(here, "tracking.uri=sqlite:///other.db", until="report").values())
+
+
+def run_all(run: Session) -> Summary:
+    with run:
+        for step in steps(run.params):
+            run.step(step)
+        return run.finish()
+
+
+def test_a_run_is_recorded_whole_also_where_its_steps_had_been_done_before(here: Path) -> None:
+    shutil.rmtree("artifacts/report")
+    tracker = Recorder()
+    run = session(here, tracker)
+    summary = run_all(run)
+    assert (summary.ran, summary.skipped) == (1, STEPS - 1)
+    begin, *stages, policy, finish = tracker.calls
+    assert begin == ("start", "a run")
+    assert stages == [("stage", step.stage, step.round) for step in steps(run.params)]
+    assert policy == ("policy", "final", ["sums-hard", "sums-in-range"])
+    assert finish[:2] == ("finish", "FINISHED")
+    assert {"overhead_share", "sums-hard/warmstart/avg_at_k"} <= set(finish[2])
+    assert tracker.tags["papo.lineage"] == lineage(run.params)
+    assert tracker.tags["papo.workspace"] == str(here.resolve())
+    assert summary.report.is_file()
+    assert set(summary.evaluation) == {"sums-in-range", "sums-hard"}
+
+
+def test_a_run_that_is_done_and_on_the_record_opens_no_other(here: Path) -> None:
+    run_all(session(here, Recorder()))
+    tracker = Recorder()
+    assert run_all(session(here, tracker)).ran == 0
+    assert tracker.calls == []
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("bad"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_a_run_that_ends_early_says_so_and_frees_the_workspace(here: Path, error: BaseException, status: str) -> None:
+    tracker = Recorder()
+
+    def run() -> None:
+        with session(here, tracker, OTHER):
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
+    assert tracker.calls[-1] == ("finish", status, [])
+    with exclusive(Workspace(here)):
+        pass
+
+
+def test_a_record_that_cannot_be_opened_frees_the_workspace(here: Path) -> None:
+    tracker = Recorder(fail=KeyboardInterrupt())
+    unopened = session(here, tracker, OTHER)
+    with pytest.raises(KeyboardInterrupt):
+        unopened.__enter__()
+    with exclusive(Workspace(here)):
+        pass
+
+
+def test_two_runs_at_once(here: Path) -> None:
+    tracker = Recorder()
+    with session(here, Recorder()), pytest.raises(BusyError), session(here, tracker):
+        pass
+    assert tracker.calls == []
+
+
+def test_the_lineage_follows_params_but_not_tracking(here: Path) -> None:
+    first = lineage(load_params())
+    assert lineage(load_params()) == first
+    assert lineage(load_params(overrides=["advantage.lam=0.5"])) != first
+    assert lineage(load_params(overrides=["run.seed=1"])) != first
+    assert lineage(load_params(overrides=["tracking.experiment=x"])) == first
+    assert len(first) == 12
+
+
+def test_a_run_beside_shares_problems_and_warm_start(here: Path) -> None:
+    target = Workspace(here / "runs" / "beside")
+    share_start(Workspace(here), target)
+    for mine, theirs in ((here / "data/problems", target.problems), (here / "artifacts/warmstart", target.warmstart)):
+        assert digest(mine) == digest(theirs)
+        assert manifest_path(mine).samefile(manifest_path(theirs))  # linked, not copied
+    context = Context(work=target.work)
+    assert all(run_step(Step(stage), load_params(), target, context).skipped for stage in ("prepare", "warmstart"))
+
+
+def test_a_run_beside_with_another_seed_of_its_data_makes_them_and_leaves_ours(here: Path) -> None:
+    target = Workspace(here / "runs" / "beside")
+    share_start(Workspace(here), target)
+    before = digest(here / "data/problems")
+    params = load_params(overrides=["prepare.seed=1"])
+    assert not run_step(Step("prepare"), params, target, Context(work=target.work)).skipped
+    assert digest(here / "data/problems") == before != digest(target.problems)
+
+
+def test_what_a_run_beside_has_is_kept_and_what_is_unfinished_not_shared(here: Path) -> None:
+    target = Workspace(here / "beside")
+    target.problems.mkdir(parents=True)
+    manifest_path(here / "artifacts/warmstart").unlink()
+    share_start(Workspace(here), target)
+    assert list(target.problems.iterdir()) == []
+    assert not target.warmstart.exists()
+
+
+def test_other_params_than_those_of_the_file_are_not_recorded_with_dvc(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (here / "dvc.lock").read_text()
+    assert main(["run", "--set", "report.title=mine"]) == 0
+    shown = capsys.readouterr()
+    assert "the params are not those of params.yaml" in shown.err
+    assert "not recorded with DVC" in shown.out
+    assert f"1 steps ran, {STEPS - 1} had been done before" in shown.out
+    assert (here / "dvc.lock").read_text() == before
+
+
+def test_dvc_is_checked_before_any_work(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(message: str) -> None:
+        from papo.commands import open_session
+
+        tracker_off = load_params()
+        with pytest.raises(SetupError, match=message), open_session(tracker_off, Workspace(Path())):
+            pass
+        assert not (checkout / ".papo").exists()
+
+    run("not a git checkout")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    run("there is no .dvc folder")
+    (checkout / ".dvc").mkdir()
+    run("there is no dvc.yaml")
+    monkeypatch.setenv("PATH", "")
+    run("git is not installed")
