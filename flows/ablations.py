@@ -57,9 +57,10 @@ def nightly_ablations(
                 tags={"papo.ablation": str(flow_run.get_name())},
                 return_state=True,
             )
-            rows.append({"variant": variant, "seed": str(seed), "state": state.name or ""} | _outcome(state))
-    create_table_artifact(_aligned(rows), key="papo-ablations", description="accuracy of the final policies")
-    failed = sum("error" in row for row in rows)
+            rows.append({"variant": variant, "seed": str(seed), "state": state.name or "", **_outcome(state)})
+    rows = _aligned(rows)
+    create_table_artifact(rows, key="papo-ablations", description="accuracy of the final policies")
+    failed = sum(row["error"] != "" for row in rows)
     if failed == len(rows):
         raise StageError(
             f"all {failed} runs failed, the first with: {rows[0]['error']}", fix="see the pages of the runs"
@@ -71,7 +72,7 @@ def _outcome(state: State[Summary]) -> Row:
     result = state.result(raise_on_failure=False)
     if not isinstance(result, Summary):
         return {"error": str(result)}
-    return {
+    return {"error": ""} | {
         f"{row['benchmark']}, {name}": value
         for row in accuracy_rows(result)
         if row["tier"] == "all"
@@ -82,5 +83,5 @@ def _outcome(state: State[Summary]) -> Row:
 
 def _aligned(rows: list[Row]) -> list[Row]:
     """The same columns in every row, the error last."""
-    columns = sorted({name: None for row in rows for name in row}, key="error".__eq__)
+    columns = sorted(dict.fromkeys(name for row in rows for name in row), key="error".__eq__)
     return [{name: row.get(name, "") for name in columns} for row in rows]

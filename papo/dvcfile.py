@@ -8,9 +8,16 @@ import yaml
 
 from papo.params import Params
 from papo.pipeline import CODE, ROUND_STAGES, STAGES, Step
+from papo.stages.prepare import local_files
+from papo.stages.warmstart import local_checkpoint
 
 DVC_FILE = Path("dvc.yaml")
-HEADER = "# Written by `papo dvc` from params.yaml: run it after changing run.rounds or evaluate.benchmarks.\n"
+HEADER = (
+    "# Written by `papo dvc` from params.yaml: run it after changing run.rounds, evaluate.benchmarks,
+"
+    "# or a source or checkpoint on this machine.
+"
+)
 PLOTS = {
     "accuracy and judge's score": ["accuracy", "prm_mean_correct"],
     "zero-advantage share": ["zero_advantage_share"],
@@ -26,10 +33,7 @@ PARAMS = {
     "score_prm": ["score_prm", "advantage.variant"],
     "advantage": ["advantage"],
     "train": ["train", "rollout.temperature", "run.seed"],
-    "evaluate": [
-        "evaluate", "run.seed", "run.rounds",
-        "rollout.engine", "rollout.max_prompt_tokens", "score_orm",
-    ],
+    "evaluate": ["evaluate", "run.seed", "run.rounds", "rollout.engine"],
     "report": [section for section in Params.model_fields if section != "tracking"],
 }  # fmt: skip
 
@@ -42,9 +46,13 @@ def render(params: Params) -> str:
     round_ = "artifacts/rounds/${item.k}"
     problems = "data/problems/train.parquet"
     rollouts, orm, prm, advantages = (f"{round_}/{name}.parquet" for name in ("rollouts", "orm", "prm", "advantages"))
+    checkpoint = [str(path)] if (path := local_checkpoint(params.warmstart)) else []
     files = {
-        "prepare": ([], ["data/problems", "data/problems.manifest.json"]),
-        "warmstart": (["data/problems/traces.parquet"], ["artifacts/warmstart", "artifacts/warmstart.manifest.json"]),
+        "prepare": (sorted(local_files(params.prepare)), ["data/problems", "data/problems.manifest.json"]),
+        "warmstart": (
+            ["data/problems/traces.parquet", *checkpoint],
+            ["artifacts/warmstart", "artifacts/warmstart.manifest.json"],
+        ),
         "rollout": ([problems, "${item.policy}"], _with_manifest(rollouts)),
         "score_orm": ([problems, rollouts], _with_manifest(orm)),
         "score_prm": ([problems, rollouts, orm], _with_manifest(prm)),

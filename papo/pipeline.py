@@ -173,6 +173,7 @@ def _evaluate(params: Params, workspace: Workspace, context: Context, round_: No
     policies = {"warmstart": workspace.warmstart} | {f"round-{k}": workspace.policy(k) for k in between}
     inputs = evaluate.Inputs(
         seed=params.run.seed,
+        sampler=params.rollout.engine,
         policies=policies | {"final": workspace.policy(last)},
         benchmarks={name: workspace.benchmark(name) for name in p.benchmarks},
     )

@@ -85,7 +85,7 @@ class Session:
             self._dvc.check()
         self._lock.__enter__()
         try:
-            if not self._recorded.is_file() or self._recorded.read_text() != self.lineage:
+            if not self._recorded.is_file() or self._recorded.read_text() != self._record_name:
                 self._start_record()
         except BaseException:  # interrupted: a `with` whose entry fails has no exit
             self._lock.__exit__(*sys.exc_info())
@@ -118,6 +118,12 @@ class Session:
     def _recorded(self) -> Path:
         """Holds the lineage of the last run that went on the record as a whole."""
         return self.workspace.work / "recorded"
+
+    @property
+    def _record_name(self) -> str:
+        """What was recorded, and where."""
+        tracking = self.params.tracking
+        return f"{self.lineage} {tracking.uri if tracking.enabled else 'nowhere'}"
 
     def _start_record(self) -> None:
         """Opens the record, with the steps that had been done before: a run is recorded whole, whoever ran its steps.
@@ -170,7 +176,7 @@ class Session:
         )
         if on_record:
             self._tracker.finish("FINISHED", metrics | {"overhead_share": summary.overhead_share})
-            self._recorded.write_text(self.lineage)
+            self._recorded.write_text(self._record_name)
         self._finished = True
         return summary
 

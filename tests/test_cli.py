@@ -236,8 +236,8 @@ def test_a_truncated_table_is_named_and_made_again(
 # Interrupted: a real process, a real SIGINT, the real engines.
 
 
-def has_files(folder: Path) -> Callable[[], bool]:
-    return lambda: folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))
+def has_shards(folder: Path) -> Callable[[], bool]:
+    return lambda: any(folder.rglob("*.parquet"))
 
 
 def has_folders(folder: Path) -> Callable[[], bool]:
@@ -297,8 +297,11 @@ def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(
 
     process = start_papo(*command, cwd=long_checkout, TMPDIR=str(scratch))
     shards = long_checkout / ".papo" / "work"
-    wait_until(has_files(shards) if stage in ("rollout", "evaluate") else has_folders(scratch), process)
-    time.sleep(0.1)
+    if stage in ("rollout", "evaluate"):
+        wait_until(has_shards(shards), process)
+    else:
+        wait_until(has_folders(scratch), process)
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors

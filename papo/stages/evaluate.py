@@ -31,9 +31,10 @@ CODE = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """`policies` by name: `warmstart`, `round-<k>`, `final`; `benchmarks` by name."""
+    """`policies` by name: `warmstart`, `round-<k>`, `final`; `benchmarks` by name; `sampler` is `rollout.engine`."""
 
     seed: int
+    sampler: str
     policies: dict[str, Path]
     benchmarks: dict[str, Path]
 

@@ -51,7 +51,7 @@ def inputs(small_round: Any, tmp_path: Path) -> evaluate.Inputs:
     for name, path in policies.items():
         path.mkdir()
         (path / "weights").write_text(name)
-    return evaluate.Inputs(seed=5, policies=policies, benchmarks={"a": first, "b": second})
+    return evaluate.Inputs(seed=5, sampler="transformers", policies=policies, benchmarks={"a": first, "b": second})
 
 
 def run(
@@ -150,7 +150,7 @@ policies = {name: folder / name for name in ("warmstart", "final")}
 benchmarks = {name: folder / f"{name}.parquet" for name in "ab"}
 engines = {"warmstart": FakeSampler(), "final": FakeSampler(stop_at=2, stop=lambda: os.kill(os.getpid(), signal.SIGKILL))}
 engine = evaluate.Engine(sampler=lambda policy: engines[policy.name], verifier=FakeVerifier())
-inputs = evaluate.Inputs(5, policies, benchmarks)
+inputs = evaluate.Inputs(5, "transformers", policies, benchmarks)
 evaluate.run(PARAMS, inputs, folder / "out", engine=engine, context=Context(work=work))
 """
 
@@ -175,7 +175,7 @@ def test_policies_in_between_are_evaluated_too(
         "round-1": inputs.policies["final"],
         "final": inputs.policies["final"],
     }
-    given = evaluate.Inputs(5, policies, inputs.benchmarks)
+    given = evaluate.Inputs(5, "transformers", policies, inputs.benchmarks)
     run(given, tmp_path / "out", {"warmstart": fake_sampler(), "final": fake_sampler()}, context)
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert set(metrics["b"]) == {"warmstart", "round-1", "final", "gain"}
