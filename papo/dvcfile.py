@@ -12,12 +12,10 @@ from papo.stages.prepare import local_files
 from papo.stages.warmstart import local_checkpoint
 
 DVC_FILE = Path("dvc.yaml")
-HEADER = (
-    "# Written by `papo dvc` from params.yaml: run it after changing run.rounds, evaluate.benchmarks,
-"
-    "# or a source or checkpoint on this machine.
-"
-)
+HEADER = """\
+# Written by `papo dvc` from params.yaml: run it after changing run.rounds, evaluate.benchmarks,
+# or a source or checkpoint on this machine.
+"""
 PLOTS = {
     "accuracy and judge's score": ["accuracy", "prm_mean_correct"],
     "zero-advantage share": ["zero_advantage_share"],
