@@ -140,6 +140,8 @@ def time_rows(summary: Summary) -> list[dict[str, str]]:
         for stage, seconds in summary.seconds.items()
     ]
     rows.append({"stage": "whole run", "seconds": f"{total:.1f}", "share": "100%"})
+    if not summary.ran:
+        return rows
     share = summary.overhead_share
     return [
         *rows,

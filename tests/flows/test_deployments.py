@@ -98,7 +98,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(checkout),  # the copy, where an editable installation would give the original
+        # The copy, where an editable installation would give the original.
+        "PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
     server = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     worker = [*PREFECT, "worker", "start", "--pool", "papo"]

@@ -1,0 +1,78 @@
+"""`python -m flows.pipeline` with no server to be had: Prefect starts one for it, and takes it away."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .conftest import write_tiny
+
+pytestmark = pytest.mark.slow
+
+
+def environment(home: Path) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return inherited | {"PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1"}
+
+
+def states(home: Path) -> list[tuple[str, str]]:
+    database = sqlite3.connect(home / "prefect.db")
+    try:
+        return database.execute("select name, state_type from flow_run").fetchall()
+    finally:
+        database.close()
+
+
+def test_it_shows_the_result_as_papo_run_does(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    command = [sys.executable, "-m", "flows.pipeline", "--no-dvc"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(tmp_path / "home"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "9 steps ran, 0 had been done before" in done.stdout
+    assert "Task run" not in done.stderr
+    assert states(tmp_path / "home") == [("papo seed0 1 rounds", "COMPLETED")]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_so_and_leaves_nothing_running(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    write_tiny(tmp_path)
+    command = [sys.executable, "-u", "-m", "flows.pipeline", "--no-dvc", "--set", "warmstart.steps=100000"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment(tmp_path / "home"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    family = [psutil.Process(process.pid)]
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "Beginning flow run" in line:
+                break
+        family += family[0].children(recursive=True)
+        # Ctrl-C reaches the whole group, as in a terminal; SIGTERM, as by a supervisor, only the process.
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == code, said
+        assert "Traceback" not in said
+        _, left = psutil.wait_procs(family, timeout=10)
+        assert left == []
+        assert states(tmp_path / "home") == [("papo seed0 1 rounds", "CRASHED")]
+    finally:
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.wait(timeout=10)
+        if process.stderr is not None:
+            process.stderr.close()
