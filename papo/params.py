@@ -32,7 +32,7 @@ class RunParams(_Section):
     """What the rounds share."""
 
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of sampling, training order and evaluation.")
-    rounds: int = Field(20, ge=1, le=10_000, description="Rounds of rollout, scoring, advantage and training.")
+    rounds: int = Field(16, ge=1, le=10_000, description="Rounds of rollout, scoring, advantage and training.")
 
 
 class Tier(_Section):
@@ -104,6 +104,10 @@ class PrepareParams(_Section):
     def _has_prompt(cls, value: str) -> str:
         if "{prompt}" not in value:
             raise ValueError("must contain {prompt}")
+        try:
+            value.format(prompt="")
+        except (IndexError, KeyError, ValueError):
+            raise ValueError("only {prompt} may stand in single braces; double all others: \\boxed{{}}") from None
         return value
 
 

@@ -51,6 +51,7 @@ def test_the_paper_preset_carries_the_published_recipe() -> None:
         ("advantage={variant: prm, guard: rank}", "guard rank"),
         ("rollout.prompts_per_round=50", "must be a multiple of train.minibatch_prompts (16)"),
         ("prepare.prompt_template=solve this", "must contain {prompt}"),
+        ("prepare.prompt_template='{prompt} in \\boxed{}'", "only {prompt} may stand in single braces"),
         ("prepare.sums={train: {min_terms: 5, max_terms: 3, problems: 9}}", "min_terms 5 is above max_terms 3"),
         ("run=3", "run: input should be a valid dictionary"),
         ("evaluate.benchmarks=[nope]", "evaluate.benchmarks: nope is not made by prepare"),

@@ -94,10 +94,11 @@ def _first_line(error: Exception) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt: as one user turn where the tokenizer has a chat template, else as plain text."""
+    """Token ids of a prompt: as one user turn where the tokenizer has a chat template, else as plain text,
+    with the special tokens (such as BOS) that the tokenizer puts in front of it."""
     if tokenizer.chat_template is not None:
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
         )
         return [int(token) for token in ids]
-    return [int(token) for token in tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    return [int(token) for token in tokenizer(prompt)["input_ids"]]
