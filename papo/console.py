@@ -78,8 +78,14 @@ def show_summary(summary: Summary) -> None:
     out = Console()
     if not out.is_terminal:
         out.width = 120
-    for table in (_accuracy_table(summary), _course_table(summary), _time_table(summary)):
-        out.print(table)
+    time_title = f"Time: {summary.ran} steps ran, {summary.skipped} had been done before"
+    for title, rows in (
+        ("Accuracy in percent, 95 % interval", accuracy_rows(summary)),
+        ("Training", course_rows(summary)),
+        (time_title, time_rows(summary)),
+    ):
+        out.print(title, style="bold", highlight=False)
+        out.print(_table(rows))
     out.print(f"report   {summary.report}")
     if summary.link:
         out.print(f"MLflow   {summary.link}", soft_wrap=True)
@@ -156,21 +162,8 @@ def _interval(estimate: dict[str, Any], *, sign: bool = False) -> str:
     return text if low is None else f"{text} [{low:.1f}, {high:.1f}]"
 
 
-def _accuracy_table(summary: Summary) -> Table:
-    return _table("Accuracy in percent, 95 % interval", accuracy_rows(summary))
-
-
-def _course_table(summary: Summary) -> Table:
-    return _table("Training", course_rows(summary))
-
-
-def _time_table(summary: Summary) -> Table:
-    title = f"Time: {summary.ran} steps ran, {summary.skipped} had been done before"
-    return _table(title, time_rows(summary))
-
-
-def _table(title: str, rows: list[dict[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(rows: list[dict[str, str]]) -> Table:
+    table = Table()
     for name in rows[0] if rows else ():
         table.add_column(name, justify="left" if name in ("benchmark", "tier", "signal", "stage") else "right")
     for row in rows:
