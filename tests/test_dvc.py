@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from checkout import TINY, Checkout
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")
