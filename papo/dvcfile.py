@@ -61,7 +61,7 @@ def render(params: Params) -> str:
         ),
         "evaluate": (
             [*evaluated, *(f"data/problems/eval/{name}.parquet" for name in params.evaluate.benchmarks)],
-            [*tables, "artifacts/evaluation/metrics.manifest.json"],
+            ["artifacts/evaluation/metrics.json", *tables, "artifacts/evaluation/metrics.manifest.json"],
         ),
         "report": (
             ["artifacts/evaluation/metrics.json", "artifacts/rounds"],
@@ -69,7 +69,6 @@ def render(params: Params) -> str:
         ),
     }
     stages = {stage: _stage(stage, *files[stage]) for stage in STAGES}
-    stages["evaluate"]["metrics"] = [{"artifacts/evaluation/metrics.json": {"cache": False}}]
     rounds = [{"k": k, "policy": _policy(k - 1), "state": _state(k - 1)} for k in range(last + 1)]
     content = {
         "vars": [{"rounds": rounds}],
@@ -77,6 +76,7 @@ def render(params: Params) -> str:
             name: {"foreach": "${rounds}", "do": stage} if name in ROUND_STAGES else stage
             for name, stage in stages.items()
         },
+        "metrics": ["artifacts/report/summary.json"],
         "plots": [
             {title: {"x": "round", "y": {"artifacts/report/rounds.csv": columns}}} for title, columns in PLOTS.items()
         ],
