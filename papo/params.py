@@ -145,7 +145,6 @@ class RolloutParams(_Section):
     max_prompt_tokens: Positive = 2048
     max_new_tokens: Positive = 96
     prompts_per_shard: Positive = Field(48, description="Prompts sampled as one batch and stored as one shard.")
-    max_failed_share: Share = 0.05
 
     @model_validator(mode="after")
     def _sampled(self) -> RolloutParams:
