@@ -69,7 +69,10 @@ def quiet_environment() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="papo", description="Process-aware policy optimization as a pipeline.", allow_abbrev=False
+        prog="papo",
+        description="Process-aware policy optimization as a pipeline.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20),
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"papo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

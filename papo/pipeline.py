@@ -61,9 +61,11 @@ def run_step(step: Step, params: Params, workspace: Workspace, context: Context)
         ParamsError: the step's round is missing, or not one of the run's.
         MissingInputError: naming the file and the command that makes it.
     """
-    if (step.stage in ROUND_STAGES) != (step.round is not None):
-        needs = "needs --round" if step.round is None else "takes no --round"
-        raise ParamsError(f"{step.stage} {needs}", where="command line", fix=f"stages with rounds: {ROUND_STAGES}")
+    name = Step(step.stage).command
+    if step.stage in ROUND_STAGES and step.round is None:
+        raise ParamsError(f"{step.stage} needs --round", where=name, fix=f"name the round: {name} --round 0")
+    if step.stage not in ROUND_STAGES and step.round is not None:
+        raise ParamsError(f"{step.stage} takes no --round", where=name, fix="leave it out: the stage runs once")
     if step.round is not None and not 0 <= step.round < params.run.rounds:
         raise ParamsError(
             f"there is no round {step.round}: run.rounds is {params.run.rounds}",
