@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,24 +57,24 @@ def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, co
     task = Task("evaluate", params, inputs, [out / "metrics.json", *tables], code=CODE, context=context)
     if done := task.done():
         return done
-    samplers = {name: engine.sampler(path) for name, path in inputs.policies.items()}
     problems = {name: read_rows(path, PROBLEMS) for name, path in inputs.benchmarks.items()}
-    total = len(samplers) * params.samples_per_problem * sum(map(len, problems.values()))
-    metrics: dict[str, Any] = {}
-    counts: Counter[str] = Counter()
+    total = len(inputs.policies) * params.samples_per_problem * sum(map(len, problems.values()))
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in problems}
+    versions = engine.verifier.versions()
     with context.progress("evaluate", total) as progress:
-        shard = 0
-        for name, asked in problems.items():
-            rows: list[dict[str, Any]] = []
-            for policy, sampler in samplers.items():
+        shards = itertools.count()
+        for policy, path in inputs.policies.items():
+            sampler = engine.sampler(path)  # one at a time: two policies need not fit in memory together
+            versions |= sampler.versions()
+            for name, asked in problems.items():
                 for start in range(0, len(asked), params.problems_per_shard):
                     part = asked[start : start + params.problems_per_shard]
                     make = _sampling(params, inputs, policy, part, sampler, engine.verifier, progress)
-                    rows += task.shard(shard, EVALUATION, make).to_pylist()
-                    shard += 1
-            write_rows(out / f"{name}.parquet", EVALUATION, rows)
-            metrics[name] = _metrics(rows, params, inputs)
-            counts.update(row["status"] for row in rows)
+                    rows[name] += task.shard(next(shards), EVALUATION, make).to_pylist()
+    for name in problems:
+        write_rows(out / f"{name}.parquet", EVALUATION, rows[name])
+    metrics = {name: _metrics(rows[name], params, inputs) for name in problems}
+    counts = Counter(row["status"] for each in rows.values() for row in each)
     write_json(out / "metrics.json", metrics)
     flat = {
         f"{benchmark}/{policy}/avg_at_k": values["avg_at_k"]["value"]
@@ -81,7 +82,6 @@ def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, co
         for policy, values in policies.items()
         if "avg_at_k" in values
     }
-    versions = next(iter(samplers.values())).versions() | engine.verifier.versions()
     return task.finish(rows=total, counts=counts, metrics=flat, versions=versions)
 
 
