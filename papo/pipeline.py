@@ -212,7 +212,8 @@ def _there(inputs: T, workspace: Workspace) -> T:
             raise MissingInputError(
                 "an input of this stage is not there",
                 where=str(path),
-                fix=f"run `{_maker(path, workspace)}` first, or the whole pipeline with `papo run`",
+                fix=f"run `{_maker(path, workspace)}` first, or the whole pipeline with `papo run`; "
+                "if `dvc repro` ran this, write its list of rounds and benchmarks anew with `papo dvc`",
             )
     return inputs
 

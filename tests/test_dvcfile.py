@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from papo.dvcfile import PARAMS, render
+from papo.dvcfile import PARAMS, PLOTS, render
 from papo.params import Params, load_params
 from papo.pipeline import CODE, ROUND_STAGES, STAGES
+from papo.stages.report import PLOTTED
 from papo.store.layout import Workspace
 
 ROOT = Path(__file__).parents[1]
@@ -92,3 +93,7 @@ def test_evaluation_depends_on_the_policies_it_evaluates() -> None:
     deps = stages(params)["evaluate"]["deps"]
     policies = [dep for dep in deps if dep.startswith("artifacts/")]
     assert policies == ["artifacts/warmstart", *(f"artifacts/rounds/{k}/policy" for k in (1, 3, 5))]
+
+
+def test_the_plots_name_columns_that_the_report_always_writes() -> None:
+    assert {column for columns in PLOTS.values() for column in columns} <= set(PLOTTED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,9 @@ from papo.store.files import read_json, replacing, write_json
 from papo.store.manifest import Context, Manifest, Task
 
 CODE = ("stages/report.py", "engines/reporting")
+
+# Columns of rounds.csv that DVC's plots name; they are there even where a run has no such signal.
+PLOTTED = ("accuracy", "prm_mean_correct", "zero_advantage_share", "length_mean", "length_p95")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def run(
         (folder / "plots").mkdir(parents=True)
         plots = [(plot, draw(plot, shown, folder / "plots")) for plot in PLOTS]
         (folder / "index.html").write_text(render(params.title, shown, plots), encoding="utf-8")
-        (folder / "rounds.csv").write_text(_csv(shown.rounds, ["round"]), encoding="utf-8")
+        (folder / "rounds.csv").write_text(_csv(shown.rounds, ["round"], PLOTTED), encoding="utf-8")
         (folder / "training.csv").write_text(_csv(shown.steps, ["round", "step"]), encoding="utf-8")
         write_json(folder / "summary.json", summary)
     versions = {name: version(name) for name in ("matplotlib", "jinja2")}
@@ -108,8 +111,8 @@ def _summary(shown: Run) -> dict[str, float]:
     return summary
 
 
-def _csv(rows: Sequence[Mapping[str, float]], first: Sequence[str]) -> str:
-    columns = [*first, *sorted({name for row in rows for name in row} - set(first))]
+def _csv(rows: Sequence[Mapping[str, float]], first: Sequence[str], always: Iterable[str] = ()) -> str:
+    columns = [*first, *sorted({name for row in rows for name in row}.union(always) - set(first))]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
