@@ -107,7 +107,8 @@ def accuracy_rows(summary: Summary) -> list[dict[str, str]]:
                 "length": f"{first['length_mean']:.1f} -> {last['length_mean']:.1f}",
             }
         )
-        for tier, values in last["tiers"].items() if len(last["tiers"]) > 1 else ():
+        shared = {tier: values for tier, values in last["tiers"].items() if tier in first["tiers"]}
+        for tier, values in shared.items() if len(shared) > 1 else ():
             rows.append(
                 {
                     "benchmark": "",

@@ -220,6 +220,7 @@ class EvaluateParams(_Section):
     max_new_tokens: Positive = 128
     problems_per_shard: Positive = Field(200, description="Problems sampled as one batch and stored as one shard.")
     confidence: float = Field(0.95, gt=0.0, lt=1.0)
+    max_failed_share: Share = Field(0.05, description="Samples without a verdict, above which the stage stops.")
     every: int = Field(0, ge=0, description="Also evaluate every n-th round; 0: only warm start and final policy.")
 
     @model_validator(mode="after")

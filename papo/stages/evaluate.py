@@ -15,12 +15,14 @@ from papo.core.statistics import Estimate, avg_at_k, paired_bootstrap, pass_at_k
 from papo.engines.protocols import Sampler, SampleRequest, Verifier
 from papo.params import EvaluateParams
 from papo.schemas import EVALUATION, PROBLEMS, row_seed
+from papo.stages.rows import check_failures
 from papo.store.files import digest, write_json
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_rows, write_rows
 
 CODE = (
     "stages/evaluate.py",
+    "stages/rows.py",
     "core/groups.py",
     "core/statistics.py",
     "core/answers.py",
@@ -51,7 +53,11 @@ class Engine:
 def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, context: Context = Context()) -> Manifest:
     """Writes <benchmark>.parquet and metrics.json to the folder `out`.
 
-    A sample that has no verdict counts as wrong, so that a failing verifier never makes a policy look better.
+    A sample that has no verdict is missing, not wrong: it leaves avg@k and the gain, which say how many are missing. pass@k needs k
+    samples a problem, so there it counts as not passed, which makes pass@k a lower bound.
+
+    Raises:
+        FailedRowsError: more than `max_failed_share` of the samples have no verdict.
     """
     tables = [out / f"{name}.parquet" for name in inputs.benchmarks]
     task = Task("evaluate", params, inputs, [out / "metrics.json", *tables], code=CODE, context=context)
@@ -71,10 +77,11 @@ def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, co
                     part = asked[start : start + params.problems_per_shard]
                     make = _sampling(params, inputs, policy, part, sampler, engine.verifier, progress)
                     rows[name] += task.shard(next(shards), EVALUATION, make).to_pylist()
+    counts = Counter(row["status"] for each in rows.values() for row in each)
+    check_failures("evaluate", counts, params.max_failed_share)
     for name in problems:
         write_rows(out / f"{name}.parquet", EVALUATION, rows[name])
     metrics = {name: _metrics(rows[name], params, inputs) for name in problems}
-    counts = Counter(row["status"] for each in rows.values() for row in each)
     write_json(out / "metrics.json", metrics)
     flat = {
         f"{benchmark}/{policy}/avg_at_k": values["avg_at_k"]["value"]
@@ -124,7 +131,7 @@ def _metrics(rows: list[dict[str, Any]], params: EvaluateParams, inputs: Inputs)
     first, last = by_policy[next(iter(by_policy))], by_policy["final"]
     gain = paired_bootstrap(
         _scores(last), _ids(last), _scores(first), _ids(first),
-        seed=inputs.seed, confidence=params.confidence, missing="wrong",
+        seed=inputs.seed, confidence=params.confidence,
     )  # fmt: skip
     return metrics | {"gain": _plain(gain)}
 
@@ -132,20 +139,20 @@ def _metrics(rows: list[dict[str, Any]], params: EvaluateParams, inputs: Inputs)
 def _policy_metrics(rows: list[dict[str, Any]], params: EvaluateParams) -> dict[str, Any]:
     k, confidence = params.samples_per_problem, params.confidence
     metrics = {
-        "avg_at_k": _plain(avg_at_k(_scores(rows), _ids(rows), confidence=confidence, missing="wrong")),
+        "avg_at_k": _plain(avg_at_k(_scores(rows), _ids(rows), confidence=confidence)),
         "pass_at_k": _plain(pass_at_k(_scores(rows), _ids(rows), k, confidence=confidence, missing="wrong")),
         "k": k,
         "length_mean": float(np.mean([row["completion_tokens"] for row in rows])),
         "truncated_share": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
         "no_answer_share": sum(row["status"] == "no_answer" for row in rows) / len(rows),
     }
-    tiers = sorted({row["tier"] for row in rows if row["tier"] is not None})
+    tiers = sorted({row["tier"] for row in rows if row["tier"] is not None and row["orm_score"] is not None})
     return metrics | {"tiers": {tier: _tier(rows, tier, confidence) for tier in tiers}}
 
 
 def _tier(rows: list[dict[str, Any]], tier: str, confidence: float) -> dict[str, Any]:
     mine = [row for row in rows if row["tier"] == tier]
-    return _plain(avg_at_k(_scores(mine), _ids(mine), confidence=confidence, missing="wrong"))
+    return _plain(avg_at_k(_scores(mine), _ids(mine), confidence=confidence))
 
 
 def _scores(rows: list[dict[str, Any]]) -> list[float]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from papo.engines.protocols import Progress, Sampler, Verdict
+from papo.errors import FailedRowsError
 from papo.params import EvaluateParams
 from papo.schemas import EVALUATION, row_seed
 from papo.stages import evaluate
@@ -19,7 +20,7 @@ from papo.store.files import digest
 from papo.store.manifest import Context, Manifest
 from papo.store.tables import read_rows
 
-PARAMS = EvaluateParams(benchmarks=("a", "b"), samples_per_problem=2, problems_per_shard=1)
+PARAMS = EvaluateParams(benchmarks=("a", "b"), samples_per_problem=2, problems_per_shard=1, max_failed_share=0.9)
 
 
 class FakeVerifier:
@@ -92,7 +93,7 @@ def test_the_metrics(tmp_path: Path, inputs: evaluate.Inputs, context: Context, 
     assert manifest.metrics["a/final/avg_at_k"] == pytest.approx(mean)
 
 
-def test_a_sample_without_a_verdict_counts_as_wrong_and_is_named(
+def test_a_sample_without_a_verdict_is_missing_and_is_named(
     tmp_path: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any
 ) -> None:
     manifest = run(inputs, tmp_path / "out", {"warmstart": fake_sampler(), "final": fake_sampler()}, context, "timeout")
@@ -101,8 +102,24 @@ def test_a_sample_without_a_verdict_counts_as_wrong_and_is_named(
     assert failed
     assert all(row["orm_score"] is None for row in failed)
     assert manifest.counts["timeout"] == len(failed)
-    ours = [row["orm_score"] or 0.0 for row in read_rows(tmp_path / "out/a.parquet", EVALUATION)[:6]]
-    assert manifest.metrics["a/warmstart/avg_at_k"] == pytest.approx(sum(ours) / 6)
+    scored = [row for row in read_rows(tmp_path / "out/a.parquet", EVALUATION)[:6] if row["orm_score"] is not None]
+    by_problem = [
+        [row["orm_score"] for row in scored if row["problem_id"] == one] for one in {r["problem_id"] for r in scored}
+    ]
+    expected = sum(sum(scores) / len(scores) for scores in by_problem) / len(by_problem)
+    assert manifest.metrics["a/warmstart/avg_at_k"] == pytest.approx(expected)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())["a"]["warmstart"]
+    assert metrics["avg_at_k"]["missing"] == 6 - len(scored) > 0
+
+
+def test_too_many_samples_without_a_verdict_stop_the_stage(
+    tmp_path: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any
+) -> None:
+    engine = evaluate.Engine(sampler=lambda policy: fake_sampler(), verifier=FakeVerifier("timeout"))
+    strict = PARAMS.model_copy(update={"max_failed_share": 0.01})
+    with pytest.raises(FailedRowsError, match="timeout"):
+        evaluate.run(strict, inputs, tmp_path / "out", engine=engine, context=context)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_run_asks_nothing(

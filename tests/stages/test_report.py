@@ -105,7 +105,7 @@ def test_the_page_tells_the_result(tmp_path: Path) -> None:
         "a paired difference of +15.0 points (+13.0 to +17.0) on 50 problems; 95 % intervals." in seen
     )
     assert "a paired difference of −10.0 points (−12.0 to −8.0)" in seen  # noqa: RUF001  # the minus sign is meant
-    assert "3 samples on down have no verdict and count as wrong." in seen
+    assert "3 samples on down have no verdict and are left out of its accuracy." in seen
     assert "variant papo · λ = 1 ·" in seen
     assert seen.index("9 terms") < seen.index("10 terms")
     assert "33.2 1.0 % 2.0 %" in seen

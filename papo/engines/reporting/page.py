@@ -99,7 +99,7 @@ def _notes(shown: Run) -> list[str]:
         notes.append(f"The judge failed on {_percent(failures[worst])} of what it was asked in round {worst}.")
     for name, benchmark in shown.evaluation.items():
         if missing := benchmark.gain.missing:
-            notes.append(f"{missing} samples on {name} have no verdict and count as wrong.")
+            notes.append(f"{missing} samples on {name} have no verdict and are left out of its accuracy.")
     return notes
 
 
