@@ -13,6 +13,23 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 
+# Libraries that take seconds to import, or a GPU build of hundreds of megabytes to install.
+HEAVY = frozenset(
+    [
+        "torch",
+        "transformers",
+        "trl",
+        "datasets",
+        "mlflow",
+        "prefect",
+        "dvc",
+        "math_verify",
+        "sympy",
+        "rich",
+        "matplotlib",
+    ]
+)
+
 # Everything small: seconds instead of minutes, the same stages.
 TINY: dict[str, Any] = {
     "run": {"rounds": 2},

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from checkout import TINY as SMALL
 
 from papo.cli import main, quiet_environment
 from papo.engines.protocols import Progress, Sample, SampleRequest
@@ -34,14 +35,7 @@ TINY = {
     "train.minibatch_prompts": 2,
     "rollout.max_new_tokens": 8,
     "evaluate.max_new_tokens": 8,
-    "prepare.sums": {
-        "train": {"min_terms": 2, "max_terms": 3, "problems": 20},
-        "eval": {
-            "sums-in-range": {"min_terms": 3, "max_terms": 3, "problems": 4},
-            "sums-hard": {"min_terms": 4, "max_terms": 4, "problems": 4},
-        },
-        "traces": 64,
-    },
+    "prepare.sums": SMALL["prepare"]["sums"],
     "tracking.enabled": False,
 }
 

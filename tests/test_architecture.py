@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkout import HEAVY
 
 import papo
 from papo.pipeline import CODE
@@ -75,20 +76,7 @@ def test_nothing_in_the_package_imports_the_flows() -> None:
     "module", ["papo.params", "papo.schemas", "papo.core", "papo.cli", "papo.pipeline", "papo.core.advantages"]
 )
 def test_the_base_imports_without_heavy_libraries(module: str) -> None:
-    heavy = (
-        "torch",
-        "transformers",
-        "trl",
-        "datasets",
-        "mlflow",
-        "prefect",
-        "dvc",
-        "math_verify",
-        "sympy",
-        "rich",
-        "matplotlib",
-    )
-    code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
+    code = f"import sys, {module}; print([name for name in {sorted(HEAVY)!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -105,4 +104,4 @@ def test_a_run_while_another_holds_the_checkout_says_so(built: Checkout) -> None
         assert f"process {other.pid}" in done.stderr
     finally:
         other.communicate("", timeout=30)
-    assert os.path.exists(built.folder / "artifacts/rounds/0/advantages.parquet")  # noqa: PTH110
+    assert (built.folder / "artifacts/rounds/0/advantages.parquet").exists()

@@ -14,7 +14,7 @@ TEXTS = ["3+5-2=?\n", "3+5=8\n8-2=6\n\\boxed{6}", "", "}}\n\n", "\\boxed{\\boxed
 
 
 def ids_of(tokenizer: object, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]  # typed as an object: the class depends on the checkpoint
 
 
 def test_every_prompt_and_trace_survives_the_round_trip() -> None:
