@@ -17,7 +17,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
 
-from papo.console import accuracy_rows, course_rows, log, time_rows
+from papo.console import accuracy_rows, alarm_rows, course_rows, log, time_rows
 from papo.errors import PapoError
 from papo.pipeline import ROUND_STAGES, Step
 from papo.session import Summary
@@ -74,9 +74,11 @@ def show_result(summary: Summary) -> None:
     for key, rows in {
         "papo-accuracy": accuracy_rows(summary),
         "papo-training": course_rows(summary),
+        "papo-alarms": alarm_rows(summary.alarms),
         "papo-time": time_rows(summary),
     }.items():
-        create_table_artifact(rows, key=key)
+        if rows:
+            create_table_artifact(rows, key=key)
 
 
 def _words(summary: Summary) -> str:
@@ -85,6 +87,7 @@ def _words(summary: Summary) -> str:
     for row in (row for row in rows if row["tier"] == "all"):
         facts = (f"{name} {value}" for name, value in row.items() if name not in ("benchmark", "tier"))
         lines.append(f"- **{row['benchmark']}**: {', '.join(facts)}")
+    lines += [f"- alarm from round {alarm.round}, {alarm.name}: {alarm.evidence}" for alarm in summary.alarms]
     work = f"{summary.ran} steps ran in {summary.total_seconds:.0f} s, {summary.skipped} had been done before."
     link = f"MLflow: {summary.link}" if summary.link else "Not recorded in MLflow."
     where = [f"Report: `{summary.report.resolve()}`", link, f"DVC: {summary.dvc}"]

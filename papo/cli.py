@@ -85,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--name", help="name of the run in MLflow")
     _common(run)
     _common(commands.add_parser("params", help="print every param with its value in force", allow_abbrev=False))
+    alarms = "what the signals of the rounds so far say is going wrong, and since when"
+    _common(commands.add_parser("alarms", help=alarms, description=alarms, allow_abbrev=False))
     dvc = commands.add_parser("dvc", help="write dvc.yaml anew from params.yaml", allow_abbrev=False)
     dvc.add_argument("--check", action="store_true", help="only say whether dvc.yaml is up to date")
     return parser

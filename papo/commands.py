@@ -8,16 +8,18 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from papo.console import configure_logging, log, make_context, show_summary, warn
+from papo.console import configure_logging, log, make_context, show_alarms, show_summary, warn
+from papo.core.alarms import Alarm, Limits, fired
 from papo.dvcfile import DVC_FILE, render
 from papo.engines.tracking import make_tracker
 from papo.engines.versioning import Dvc
-from papo.errors import UserError
+from papo.errors import MissingInputError, UserError
 from papo.params import Params, load_params
 from papo.pipeline import Step, run_step, steps
 from papo.session import Session, Summary, share_start
-from papo.store.layout import Workspace
+from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
+from papo.store.manifest import Manifest
 
 
 def dispatch(options: argparse.Namespace) -> int:
@@ -31,6 +33,9 @@ def dispatch(options: argparse.Namespace) -> int:
         sys.stdout.writelines(f"{key} = {value}\n" for key, value in params.flat().items())
         return 0
     workspace = Workspace(options.workspace)
+    if options.command == "alarms":
+        show_alarms(*signals_and_alarms(params, workspace))
+        return 0
     if options.command == "run":
         show_summary(run_all(params, workspace, name=options.name, dvc=not options.no_dvc, wait_s=options.wait))
         return 0
@@ -85,6 +90,22 @@ def open_session(
 def untracked(params: Params) -> dict[str, object]:
     """The params that decide results."""
     return params.model_dump(exclude={"tracking"})
+
+
+def signals_and_alarms(params: Params, workspace: Workspace) -> tuple[int, list[Alarm]]:
+    """(rounds that have signals, every alarm of theirs).
+
+    Raises:
+        MissingInputError: no round has any.
+    """
+    history: list[dict[str, float]] = []
+    while manifest_path(table := workspace.table(len(history), "advantages")).is_file():
+        history.append(Manifest.read(table).metrics)
+    if not history:
+        raise MissingInputError(
+            "no round has signals yet", where=str(table), fix="run `papo run`, or `papo advantage --round 0`"
+        )
+    return len(history), fired(history, Limits(**params.alarms.model_dump()))
 
 
 def stay_offline(params: Params) -> None:

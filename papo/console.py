@@ -14,10 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from papo.core.alarms import Alarm, onsets
 from papo.engines.policy import import_libraries
 from papo.session import Summary
 from papo.store.manifest import Context
 
+WORDS = ("benchmark", "tier", "signal", "stage", "alarm", "evidence")  # columns that are no numbers
 console = Console(stderr=True)
 log = logging.getLogger("papo")
 
@@ -73,19 +75,29 @@ def _lines(description: str, total: int) -> Iterator[Callable[[int], None]]:
     log.info("%s %d/%d in %.1f s (%.1f/s)", description, count, total, seconds, count / max(seconds, 1e-9))
 
 
+def show_alarms(rounds: int, raised: list[Alarm]) -> None:
+    """Each alarm as it began to ring, on standard output."""
+    out = _output()
+    rows = alarm_rows(onsets(raised))
+    if rows:
+        out.print(_table(rows))
+    ringing = [alarm.name for alarm in raised if alarm.round == rounds - 1]
+    out.print(f"{rounds} {'round' if rounds == 1 else 'rounds'}; ringing in the last one: {', '.join(ringing) or 'none'}", highlight=False)
+
+
 def show_summary(summary: Summary) -> None:
     """The tables at the end of a run, on standard output."""
-    out = Console()
-    if not out.is_terminal:
-        out.width = 120
+    out = _output()
     time_title = f"Time: {summary.ran} steps ran, {summary.skipped} had been done before"
     for title, rows in (
         ("Accuracy in percent, 95 % interval", accuracy_rows(summary)),
         ("Training", course_rows(summary)),
+        ("Alarms", alarm_rows(summary.alarms)),
         (time_title, time_rows(summary)),
     ):
-        out.print(title, style="bold", highlight=False)
-        out.print(_table(rows))
+        if rows:
+            out.print(title, style="bold", highlight=False)
+            out.print(_table(rows))
     out.print(f"report   {summary.report}")
     if summary.link:
         out.print(f"MLflow   {summary.link}", soft_wrap=True)
@@ -139,6 +151,11 @@ def course_rows(summary: Summary) -> list[dict[str, str]]:
     ]
 
 
+def alarm_rows(begun: list[Alarm]) -> list[dict[str, str]]:
+    """A row each time an alarm began to ring."""
+    return [{"alarm": alarm.name, "from round": str(alarm.round), "evidence": alarm.evidence} for alarm in begun]
+
+
 def time_rows(summary: Summary) -> list[dict[str, str]]:
     """Seconds by stage; what is left of the wall time is overhead."""
     total = summary.total_seconds
@@ -156,6 +173,13 @@ def time_rows(summary: Summary) -> list[dict[str, str]]:
     ]
 
 
+def _output() -> Console:
+    out = Console()
+    if not out.is_terminal:
+        out.width = 120
+    return out
+
+
 def _interval(estimate: dict[str, Any], *, sign: bool = False) -> str:
     """`45.1 [41.0, 49.2]`, in percent."""
     value, low, high = (None if estimate[key] is None else 100 * estimate[key] for key in ("value", "low", "high"))
@@ -166,7 +190,7 @@ def _interval(estimate: dict[str, Any], *, sign: bool = False) -> str:
 def _table(rows: list[dict[str, str]]) -> Table:
     table = Table()
     for name in rows[0] if rows else ():
-        table.add_column(name, justify="left" if name in ("benchmark", "tier", "signal", "stage") else "right")
+        table.add_column(name, justify="left" if name in WORDS else "right")
     for row in rows:
         table.add_row(*row.values())
     return table

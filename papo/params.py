@@ -236,6 +236,21 @@ class ReportParams(_Section):
     title: str = "PAPO"
 
 
+class AlarmsParams(_Section):
+    """Where the alarms on the signals ring; `papo.core.alarms.Limits` says what each means."""
+
+    window: Positive = 8
+    patience: Positive = 3
+    exhausted_share: Share = 0.6
+    score_lead: float = Field(0.05, gt=0.0)
+    outcome_alignment: float = 0.4
+    accuracy_drop: Share = 0.35
+    accuracy_noise: Share = 0.05
+    length_growth: float = Field(1.6, gt=1.0)
+    judge_failure_share: Share = 0.1
+    inversion_share: Share = 0.05
+
+
 class TrackingParams(_Section):
     """Where the record goes. Never part of a stage's identity: tracking changes no result."""
 
@@ -257,6 +272,7 @@ class Params(_Section):
     train: TrainParams = TrainParams()
     evaluate: EvaluateParams = EvaluateParams()
     report: ReportParams = ReportParams()
+    alarms: AlarmsParams = AlarmsParams()
     tracking: TrackingParams = TrackingParams()
 
     @model_validator(mode="after")

@@ -192,6 +192,7 @@ def _evaluate(params: Params, workspace: Workspace, context: Context, round_: No
 def _report(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
     inputs = report.Inputs(
         params={key: value for key, value in params.flat().items() if not key.startswith("tracking.")},
+        limits=params.alarms.model_dump(),
         advantages=_manifests(workspace, params, "advantages.parquet"),
         training=_manifests(workspace, params, "policy"),
         evaluation=workspace.evaluation / "metrics.json",

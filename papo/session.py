@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from papo.core.alarms import ALARMS, Alarm, Limits, alarms, onsets
 from papo.engines.protocols import Tracker
 from papo.engines.versioning import Dvc, git_commit
 from papo.params import Params, to_json
@@ -37,6 +38,7 @@ class Summary:
     evaluation: dict[str, Any]
     first: dict[str, float]
     last: dict[str, float]
+    alarms: list[Alarm]
     seconds: dict[str, float]
     total_seconds: float
     ran: int
@@ -76,6 +78,8 @@ class Session:
         self._lock = exclusive(workspace, wait_s=wait_s)
         self._held: list[tuple[Step, Manifest]] | None = []
         self._seconds: dict[str, float] = defaultdict(float)
+        self._history: list[dict[str, float]] = []
+        self._alarms: list[Alarm] = []
         self._ran = self._skipped = 0
         self._finished = False
         self.lineage = lineage(params)
@@ -111,8 +115,18 @@ class Session:
             self._seconds[step.stage] += manifest.seconds
             if self._held is not None:
                 self._start_record()
+        if step.stage == "advantage":
+            self._watch(manifest)
         self._record(step, manifest)
         return manifest
+
+    def _watch(self, manifest: Manifest) -> None:
+        """Looks at the signals of the rounds so far; an alarm is said when it begins to ring."""
+        self._history.append(manifest.metrics)
+        self._alarms += alarms(self._history, Limits(**self.params.alarms.model_dump()))
+        for alarm in onsets(self._alarms) if not manifest.skipped else ():
+            if alarm.round == len(self._history) - 1:
+                self.context.warn(f"alarm in round {alarm.round}, {alarm.name}: {alarm.evidence}")
 
     @property
     def _recorded(self) -> Path:
@@ -141,8 +155,13 @@ class Session:
     def _record(self, step: Step, manifest: Manifest) -> None:
         if self._held is not None:
             self._held.append((step, manifest))
-        else:
-            self._tracker.stage(step.stage, step.round, manifest.model_dump(mode="json"))
+            return
+        content = manifest.model_dump(mode="json")
+        if step.stage == "advantage":
+            ringing = {alarm.name for alarm in self._alarms if alarm.round == step.round}
+            content["metrics"] |= {f"alarm_{name}": float(name in ringing) for name in ALARMS}
+            content["metrics"]["alarms"] = float(len(ringing))
+        self._tracker.stage(step.stage, step.round, content)
 
     def finish(self) -> Summary:
         """Records outputs with DVC and the result with the tracker."""
@@ -161,11 +180,14 @@ class Session:
         dvc = self._dvc.commit() if self._dvc is not None else "not recorded with DVC"
         if on_record and (lock := self.workspace.root / "dvc.lock").is_file():
             self._tracker.tag("papo.dvc_lock", digest(lock))
-        first, last = (self._signals(round_) for round_ in (0, self.params.run.rounds - 1))
+        begun = onsets(self._alarms)
+        if on_record:
+            self._tracker.tag("papo.alarms", ", ".join(f"{a.name} from round {a.round}" for a in begun) or "none")
         summary = Summary(
             evaluation=evaluation,
-            first=first,
-            last=last,
+            first=self._history[0],
+            last=self._history[-1],
+            alarms=begun,
             seconds=dict(self._seconds),
             total_seconds=time.time() - psutil.Process().create_time(),
             ran=self._ran,
@@ -179,9 +201,6 @@ class Session:
             self._recorded.write_text(self._record_name)
         self._finished = True
         return summary
-
-    def _signals(self, round_: int) -> dict[str, float]:
-        return Manifest.read(self.workspace.table(round_, "advantages")).metrics
 
 
 def lineage(params: Params) -> str:

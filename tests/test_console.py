@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from papo.console import accuracy_rows, configure_logging, course_rows, make_context, show_summary, time_rows, warn
+from papo.console import (
+    accuracy_rows,
+    configure_logging,
+    course_rows,
+    make_context,
+    show_alarms,
+    show_summary,
+    time_rows,
+    warn,
+)
+from papo.core.alarms import Alarm
 from papo.session import Summary
 
 
@@ -31,6 +41,7 @@ def summary(**change: Any) -> Summary:
         },
         "first": {"accuracy": 0.25, "length_mean": 20.0},
         "last": {"accuracy": 0.75, "length_mean": 30.0, "truncated_share": 0.5},
+        "alarms": [],
         "seconds": {"warmstart": 30.0, "train": 50.0, "report": 5.0},
         "total_seconds": 100.0,
         "ran": 3,
@@ -76,6 +87,26 @@ def test_the_summary_names_report_record_and_dvc(capsys: pytest.CaptureFixture[s
         assert part in text
     show_summary(summary())
     assert "MLflow" not in capsys.readouterr().out
+
+
+def test_the_summary_shows_alarms_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    show_summary(summary())
+    assert "Alarms" not in capsys.readouterr().out
+    show_summary(summary(alarms=[Alarm("collapse", 7, "accuracy over 3 rounds is 0.12, and was 0.27 at its best")]))
+    text = capsys.readouterr().out
+    assert "Alarms" in text
+    assert "accuracy over 3 rounds is 0.12, and was 0.27 at its best" in text
+
+
+def test_alarms_are_shown_as_they_began_and_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    show_alarms(9, [Alarm("collapse", 7, "first"), Alarm("collapse", 8, "second"), Alarm("judge_outage", 2, "third")])
+    text = capsys.readouterr().out
+    assert "first" in text
+    assert "third" in text
+    assert "second" not in text
+    assert "9 rounds; ringing in the last one: collapse\n" in text
+    show_alarms(9, [])
+    assert capsys.readouterr().out == "9 rounds; ringing in the last one: none\n"
 
 
 def test_the_summary_of_a_run_that_had_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:

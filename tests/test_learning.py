@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from checkout import Checkout
 
+from papo.core.alarms import fired
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
@@ -25,9 +27,13 @@ def evaluation(folder: Path) -> dict[str, Any]:
     return content
 
 
-def signals(folder: Path, name: str) -> list[float]:
+def history(folder: Path) -> list[dict[str, float]]:
     rounds = sorted((folder / "artifacts/rounds").iterdir(), key=lambda path: int(path.name))
-    return [json.loads((path / "advantages.manifest.json").read_text())["metrics"][name] for path in rounds]
+    return [json.loads((path / "advantages.manifest.json").read_text())["metrics"] for path in rounds]
+
+
+def signals(folder: Path, name: str) -> list[float]:
+    return [row[name] for row in history(folder)]
 
 
 def beside(checkout: Checkout, name: str, *overrides: str) -> Path:
@@ -43,11 +49,14 @@ def test_the_warm_start_has_room_to_grow(trained: Checkout) -> None:
 
 def test_papo_learns_on_the_default_seed(trained: Checkout) -> None:
     assert evaluation(trained.folder)["gain"]["value"] >= 0.15
+    assert fired(history(trained.folder)) == []
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_papo_learns_on_other_seeds(trained: Checkout, seed: int) -> None:
-    assert evaluation(beside(trained, f"seed{seed}", f"run.seed={seed}"))["gain"]["value"] >= 0.15
+    run = beside(trained, f"seed{seed}", f"run.seed={seed}")
+    assert evaluation(run)["gain"]["value"] >= 0.15
+    assert fired(history(run)) == []
 
 
 def test_updates_clip_against_the_behaviour_policy(trained: Checkout) -> None:
@@ -68,6 +77,8 @@ def test_prm_alone_collapses_under_a_gullible_judge(trained: Checkout) -> None:
     accuracy, judge = signals(run, "accuracy"), signals(run, "prm_mean")
     assert accuracy[-1] < max(accuracy) / 3
     assert judge[-1] > 0.9
+    half_lost = next(at for at, value in enumerate(accuracy) if value < max(accuracy[: at + 1]) / 2)
+    assert min(alarm.round for alarm in fired(history(run)) if alarm.name == "reward_hacking") <= half_lost - 2
     assert evaluation(run)["final"]["avg_at_k"]["value"] < evaluation(run)["warmstart"]["avg_at_k"]["value"] / 3
 
 
@@ -76,3 +87,4 @@ def test_papo_does_not_collapse_under_the_same_judge(trained: Checkout) -> None:
     accuracy = signals(run, "accuracy")
     assert accuracy[-1] > max(accuracy) / 2
     assert evaluation(run)["gain"]["value"] > 0
+    assert fired(history(run)) == []

@@ -39,6 +39,7 @@ class Recorder(NullTracker):
     def __init__(self, fail: BaseException | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.tags: dict[str, str] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
         self._fail = fail
 
     def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
@@ -49,6 +50,10 @@ class Recorder(NullTracker):
 
     def stage(self, stage: str, round_: int | None, manifest: Mapping[str, Any]) -> None:
         self.calls.append(("stage", stage, round_))
+        self.metrics[stage] = dict(manifest["metrics"])
+
+    def tag(self, key: str, value: str) -> None:
+        self.tags[key] = value
 
     def policy(self, path: Path, name: str, metrics: Mapping[str, float]) -> None:
         self.calls.append(("policy", name, sorted(metrics)))
@@ -63,6 +68,35 @@ def here(tiny_copy: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> Path
     folder = tiny_copy()
     monkeypatch.chdir(folder)
     return folder
+
+
+def test_an_alarm_is_said_recorded_and_summed_up(here: Path) -> None:
+    said: list[str] = []
+    params = load_params(overrides=["alarms.exhausted_share=0", "alarms.patience=1"])
+    context = Context(work=here / ".papo", warn=said.append)
+    shutil.rmtree(here / "artifacts/rounds/0/policy")
+    for name in ("advantages.parquet", "advantages.manifest.json"):
+        (here / "artifacts/rounds/0" / name).unlink()
+    recorder = Recorder()
+    with Session(params, Workspace(here), name="a run", tracker=recorder, context=context) as run:
+        for step in steps(params):
+            run.step(step)
+        summary = run.finish()
+    (alarm,) = summary.alarms
+    assert (alarm.name, alarm.round) == ("signal_exhaustion", 0)
+    assert said == [f"alarm in round 0, signal_exhaustion: {alarm.evidence}"]
+    assert recorder.tags["papo.alarms"] == "signal_exhaustion from round 0"
+    recorded = recorder.metrics["advantage"]
+    assert (recorded["alarms"], recorded["alarm_signal_exhaustion"], recorded["alarm_collapse"]) == (1, 1, 0)
+
+
+def test_alarms_of_a_workspace(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["alarms", "--set", "alarms.exhausted_share=0", "--set", "alarms.patience=1"]) == 0
+    assert "1 round; ringing in the last one: signal_exhaustion" in capsys.readouterr().out
+    assert main(["alarms", "--workspace", "elsewhere"]) == 2
+    message = capsys.readouterr().err
+    assert "no round has signals yet" in message
+    assert "papo advantage --round 0" in message
 
 
 def session(folder: Path, tracker: Recorder, *overrides: str) -> Session:

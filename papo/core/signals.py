@@ -74,6 +74,9 @@ def round_signals(
         groups_process_active_share             share of groups where A_proc (Eq. 4) is not all 0
         advantage_{mean,min}_{correct,wrong}    of the total advantage
         negative_correct_share                  share of correct responses with a total below 0
+        outcome_alignment                       in groups with correct and wrong responses, how much more advantage correct
+                                                ones get on average, over how much more A_out gives them: 1 in `orm` and
+                                                `papo`, 0 where the reward does not care, negative where it prefers wrong ones
         inversions                              correct responses that do not outrank a wrong one of their group
         outcome_advantage_share, process_..     share of sum |A| that comes from each weighted component
         lam_max, lam_max_exceeded               `papo` only: bound for the largest group (if finite); 0 or 1
@@ -109,6 +112,7 @@ def round_signals(
     signals = {"responses": float(size), "groups": float(groups), "lam": float(lam)}
     signals |= _mean("accuracy", orm[~np.isnan(orm)]) | _mean("outcome_missing_share", np.isnan(orm))
     signals |= _zero_advantages(data, parts.total) | _process_activity(data, eps) | _advantages(data, parts.total)
+    signals |= _outcome_alignment(data, parts)
     signals |= _component_shares(parts, component_weights(variant, lam))
     signals["inversions"] = float(count_inversions(parts.total, orm, index))
     if variant == "papo":
@@ -192,6 +196,22 @@ def _advantages(data: _Round, total: FloatArray) -> _Signals:
         if rows.any():
             signals[f"advantage_min_{name}"] = float(total[rows].min())
     return signals | _mean("negative_correct_share", total[data.correct] < 0.0)
+
+
+def _outcome_alignment(data: _Round, parts: Advantages) -> _Signals:
+    right, wrong = (np.bincount(data.group[rows], minlength=data.groups) for rows in (data.correct, data.wrong))
+    mixed = (right > 0) & (wrong > 0)
+
+    def lead(values: FloatArray) -> float:
+        """Mean of the correct less that of the wrong, summed over the mixed groups."""
+        means = [
+            np.bincount(data.group[rows], values[rows], minlength=data.groups)[mixed] / count[mixed]
+            for rows, count in ((data.correct, right), (data.wrong, wrong))
+        ]
+        return float(np.sum(means[0] - means[1]))
+
+    given = lead(parts.outcome)
+    return {"outcome_alignment": lead(parts.total) / given} if given > 0.0 else {}
 
 
 def _component_shares(parts: Advantages, weights: tuple[float, float]) -> _Signals:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from papo.core.alarms import Limits, fired, onsets
 from papo.engines.reporting.page import render
 from papo.engines.reporting.plots import PLOTS, draw
 from papo.engines.reporting.results import EVALUATION, Run
@@ -20,7 +21,7 @@ from papo.params import ReportParams
 from papo.store.files import read_json, replacing, write_json
 from papo.store.manifest import Context, Manifest, Task
 
-CODE = ("stages/report.py", "engines/reporting")
+CODE = ("stages/report.py", "engines/reporting", "core/alarms.py")
 
 # Columns of rounds.csv that DVC's plots name; they are there even where a run has no such signal.
 PLOTTED = ("accuracy", "prm_mean_correct", "zero_advantage_share", "length_mean", "length_p95")
@@ -28,9 +29,10 @@ PLOTTED = ("accuracy", "prm_mean_correct", "zero_advantage_share", "length_mean"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Manifests of the advantages and of training by round, and the evaluation's metrics.json."""
+    """Manifests of the advantages and of training by round, and the evaluation's metrics.json; `limits` of the alarms."""
 
     params: dict[str, Any]
+    limits: dict[str, float]
     advantages: dict[str, Path]
     training: dict[str, Path]
     evaluation: Path
@@ -81,6 +83,7 @@ def _read(inputs: Inputs) -> Run:
         rounds=[{"round": float(key), **manifest.metrics} for key, manifest in signals],
         steps=[{**row, "step": float(number)} for number, row in enumerate(steps, 1)],  # counted over the whole run
         evaluation=dict(sorted(evaluation.items(), key=lambda item: _place(item[0], inputs.params))),
+        alarms=onsets(fired([manifest.metrics for _, manifest in signals], Limits(**inputs.limits))),  # type: ignore[arg-type]
     )
 
 

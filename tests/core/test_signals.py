@@ -64,6 +64,7 @@ def test_every_signal_by_hand() -> None:
         "advantage_mean_wrong": -out / 2,
         "advantage_min_wrong": -out,
         "negative_correct_share": 0.0,
+        "outcome_alignment": 1.0,
         "inversions": 0,
         "outcome_advantage_share": 4 * out / (4 * out + 2 * proc),
         "process_advantage_share": 2 * proc / (4 * out + 2 * proc),
@@ -114,6 +115,32 @@ def test_no_correlation_out_of_rounding(score: float) -> None:
     assert "length_prm_correlation" not in signals(prm_scores=[score] * 10)
 
 
+def alignment(variant: str, prm: list[float], lam: float = 1.0) -> float:
+    """Of a group with three correct responses of five, and one that is all correct."""
+    orm, ids = [1, 1, 1, 0, 0, 1, 1], [0] * 5 + [1] * 2
+    return round_signals(
+        orm_scores=orm,
+        prm_scores=prm,
+        group_ids=ids,
+        advantages=compute_advantages(orm, prm, ids, variant=variant, lam=lam),
+        completion_lengths=[5] * 7,
+        truncated=[False] * 7,
+        prm_statuses=["ok"] * 7,
+        variant=variant,
+        lam=lam,
+    )["outcome_alignment"]
+
+
+def test_how_much_the_reward_prefers_correct_responses() -> None:
+    assert alignment("prm", [1, 1, 1, 0, 0, 0, 1]) == pytest.approx(1)
+    assert alignment("prm", [0, 0, 0, 1, 1, 0, 1]) == pytest.approx(-1)
+    # Scores 1 0 0 | 0 1: means 1/3 and 1/2, over std sqrt(0.3); the outcome has the same std and a lead of 1.
+    assert alignment("prm", [1, 0, 0, 0, 1, 0, 1]) == pytest.approx(-1 / 6, rel=1e-5)
+    # A_proc sums to 0 over the correct responses, so that no lam and no judge moves it.
+    assert alignment("papo", [1, 0, 0.5, 0, 1, 0, 1], lam=0.3) == pytest.approx(1)
+    assert alignment("papo", [0, 0, 1, 0, 1, 0, 1], lam=5.0) == pytest.approx(1)
+
+
 def test_shares_follow_the_weights_of_the_variant() -> None:
     assert signals(variant="orm")["process_advantage_share"] == 0.0
     assert signals(variant="prm")["outcome_advantage_share"] == 0.0
@@ -133,6 +160,7 @@ def test_signals_without_data_are_left_out() -> None:
         "advantage_mean_correct",
         "advantage_min_correct",
         "negative_correct_share",
+        "outcome_alignment",
         "prm_mean",
         "prm_mean_correct",
         "prm_correct_0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -74,7 +75,9 @@ def inputs(
         history = [step(number) for number in range(1, steps + 1)]
         training[str(k)] = manifest(folder / str(k) / "policy.manifest.json", stage="train", round=k, history=history)
     write_json(folder / "metrics.json", evaluation or {"sums": benchmark(0.4, 0.55)})
-    return report.Inputs(Params().flat() | (params or {}), advantages, training, folder / "metrics.json")
+    given = Params()
+    shown, limits = given.flat() | (params or {}), given.alarms.model_dump()
+    return report.Inputs(shown, limits, advantages, training, folder / "metrics.json")
 
 
 def make(folder: Path, given: report.Inputs, title: str = "A run") -> str:
@@ -111,6 +114,18 @@ def test_the_page_tells_the_result(tmp_path: Path) -> None:
     assert "33.2 1.0 % 2.0 %" in seen
     assert page.count("<svg") == len(plots.PLOTS)
     assert "advantage.variant" in seen
+
+
+def test_the_page_tells_of_alarms_as_they_began(tmp_path: Path) -> None:
+    course = [
+        signals(k, judge_failure_share=share, judge_failure_share_timeout=share)
+        for k, share in enumerate((0, 0.25, 0.5))
+    ]
+    seen = text(make(tmp_path, inputs(tmp_path, course)))
+    assert seen.count("Alarm from round") == 1
+    assert "Alarm from round 1, judge outage: 25% of the judge's calls gave no verdict: timeout 25%." in html.unescape(
+        seen
+    )
 
 
 def test_the_files_beside_the_page(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ COLUMNS = {
     "zero_advantage_share": "Zero advantage",
     "groups_process_active_share": "A_proc active",
     "negative_correct_share": "Correct with A < 0",
+    "outcome_alignment": "Outcome alignment",
     "inversions": "Inversions",
     "length_mean": "Mean length",
     "truncated_share": "Truncated",
@@ -87,7 +88,7 @@ def _setup(params: Mapping[str, Any]) -> str:
 
 def _notes(shown: Run) -> list[str]:
     """What a reader should know before believing the curves."""
-    notes = []
+    notes = [f"Alarm from round {a.round}, {a.name.replace('_', ' ')}: {a.evidence}." for a in shown.alarms]
     if np.any(shown.signal("lam_max_exceeded") == 1.0):
         notes.append(
             f"λ is at or above {np.nanmin(shown.signal('lam_max')):.3g}, the bound for this group size below which "

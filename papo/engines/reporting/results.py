@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, model_validator
+
+from papo.core.alarms import Alarm
 
 Rows = list[dict[str, float]]
 FloatArray = npt.NDArray[np.float64]
@@ -93,12 +95,13 @@ EVALUATION = TypeAdapter(Annotated[dict[str, Benchmark], Field(min_length=1)])
 
 @dataclass(frozen=True)
 class Run:
-    """What the page tells: a row of signals a round, a row of metrics an optimizer step, benchmarks by name."""
+    """What the page tells: a row of signals a round, a row of metrics an optimizer step, benchmarks by name, alarms as they began."""
 
     params: dict[str, Any]
     rounds: Rows
     steps: Rows
     evaluation: dict[str, Benchmark]
+    alarms: list[Alarm] = field(default_factory=list)
 
     def signal(self, name: str) -> FloatArray:
         """One value a round, from 0 to the last; NaN where the signal is absent."""

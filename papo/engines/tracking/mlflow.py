@@ -45,6 +45,7 @@ PARENT = "mlflow.parentRunId"
 
 MIRRORED = {
     "advantage": (
+        "alarms",
         "accuracy",
         "prm_mean",
         "prm_mean_correct",
@@ -52,6 +53,7 @@ MIRRORED = {
         "groups_process_active_share",
         "process_advantage_share",
         "negative_correct_share",
+        "outcome_alignment",
         "inversions",
         "judge_failure_share",
         "length_mean",
