@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,8 +62,9 @@ def group_index(ids: Iterable[Any], *, length: int, name: str = "group_ids") -> 
         return index.astype(np.intp, copy=False), unique.size
     # A dictionary keeps ids of mixed types apart (np.asarray would make the int 1 and the string "1" one group) and is
     # several times quicker than sorting strings.
-    numbers: dict[Any, int] = {}
-    index = np.fromiter((numbers.setdefault(value, len(numbers)) for value in values), dtype=np.intp, count=length)
+    numbers: defaultdict[Any, int] = defaultdict()
+    numbers.default_factory = numbers.__len__
+    index = np.fromiter(map(numbers.__getitem__, values), dtype=np.intp, count=length)
     if any(is_missing(key) for key in numbers):
         _refuse_rows(np.array([is_missing(v) for v in values]), values, name, "a group id must not be missing")
     return index, len(numbers)
