@@ -54,7 +54,8 @@ def render(params: Params) -> str:
         "rollout": ([problems, "${item.policy}"], _with_manifest(rollouts)),
         "score_orm": ([problems, rollouts], _with_manifest(orm)),
         "score_prm": ([problems, rollouts, orm], _with_manifest(prm)),
-        "advantage": ([rollouts, orm, prm], _with_manifest(advantages)),
+        # CAPO finds the tokens of a step with the policy's tokenizer, which is that of the warm start.
+        "advantage": ([rollouts, orm, prm, "artifacts/warmstart"], _with_manifest(advantages)),
         "train": (
             [rollouts, advantages, "${item.policy}", "${item.state}"],
             [f"{round_}/policy", f"{round_}/trainer", f"{round_}/policy.manifest.json"],

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from papo.errors import ParamsError
 
-Variant = Literal["orm", "prm", "mult", "fullnorm", "papo", "gdpo", "convex"]
+Variant = Literal["orm", "prm", "mult", "fullnorm", "papo", "gdpo", "convex", "capo"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -184,6 +184,19 @@ class AdvantageParams(_Section):
     scale: Literal["std", "mean_only"] = "std"
     eps: float = Field(1e-6, gt=0.0, le=1.0)
     guard: Literal["none", "rank"] = "none"
+    w_whole: float = Field(2.0, gt=0.0, le=100.0, description="capo only: weight of the outcome in a token's reward.")
+    w_proc: float = Field(1.0, ge=0.0, le=100.0, description="capo only: weight of a token's debit, at most w_whole.")
+
+    @model_validator(mode="after")
+    def _capo(self) -> AdvantageParams:
+        if self.w_proc > self.w_whole:
+            raise ValueError(
+                f"w_proc {self.w_proc:g} is above w_whole {self.w_whole:g}: a correct response with wrong steps would fall "
+                "below a wrong one"
+            )
+        if self.guard == "rank" and self.variant == "capo":
+            raise ValueError("guard rank has no process advantage to bound in variant capo, whose debits are by token")
+        return self
 
     @model_validator(mode="after")
     def _convex(self) -> AdvantageParams:

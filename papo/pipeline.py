@@ -144,10 +144,15 @@ def _score_prm(params: Params, workspace: Workspace, context: Context, round_: i
 
 
 def _advantage(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+    from papo.engines.tokenizer import TokenizerAligner
+
     rollouts, orm, prm = (workspace.table(round_, name) for name in ("rollouts", "orm", "prm"))
-    inputs = advantage.Inputs(round=round_, rollouts=rollouts, orm=orm, prm=prm)
+    # Every round's policy has the tokenizer of the warm start.
+    tokenizer = workspace.warmstart / "tokenizer.json" if params.advantage.variant == "capo" else None
+    inputs = advantage.Inputs(round=round_, rollouts=rollouts, orm=orm, prm=prm, tokenizer=tokenizer)
+    engine = TokenizerAligner(tokenizer) if tokenizer is not None else None
     out = workspace.table(round_, "advantages")
-    return advantage.run(params.advantage, _there(inputs, workspace), out, context=context)
+    return advantage.run(params.advantage, _there(inputs, workspace), out, engine=engine, context=context)
 
 
 def _train(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:

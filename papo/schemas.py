@@ -82,20 +82,21 @@ ORM = Table(
 
 PRM = Table(
     "prm",
-    1,
+    2,
     (
         *_KEY_COLUMNS,
         ("prm_score", pa.float64()),
         ("status", pa.string()),
         ("reason", pa.string()),
         ("votes", pa.list_(pa.float64())),
+        ("wrong_steps", pa.list_(pa.float32())),
         ("judge", pa.string()),
         ("rubric", pa.string()),
         ("prompt_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
         ("cached", pa.bool_()),
     ),
-    frozenset({"prm_score"}),
+    frozenset({"prm_score", "wrong_steps"}),
 )
 
 ADVANTAGES = Table(

@@ -127,9 +127,9 @@ class SmallRound:
         rows = [{"prm_score": score, "status": "not_asked" if score is None else "ok"} | given for score in scores]
         return self._keyed("prm", PRM, rows, columns)
 
-    def advantages(self, values: Sequence[float]) -> Path:
+    def advantages(self, values: Sequence[float], **columns: Any) -> Path:
         rows = [{"outcome_advantage": value, "process_advantage": 0.0, "advantage": value} for value in values]
-        return self._keyed("advantages", ADVANTAGES, rows, {})
+        return self._keyed("advantages", ADVANTAGES, rows, columns)
 
     def _keyed(self, name: str, table: Any, rows: list[dict[str, Any]], columns: dict[str, Any]) -> Path:
         keyed = [

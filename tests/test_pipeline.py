@@ -5,14 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from papo.core.steps import operations, parse_problem
+from papo.engines.tokenizer import build_tokenizer
 from papo.errors import MissingInputError, ParamsError
 from papo.params import load_params
 from papo.pipeline import CODE, ROUND_STAGES, STAGES, Step, run_step, steps
+from papo.schemas import ADVANTAGES, PRM, ROLLOUTS
+from papo.store.files import digest
 from papo.store.layout import Workspace
 from papo.store.manifest import Context
+from papo.store.tables import read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,3 +100,55 @@ def test_the_next_round_needs_the_policy_of_the_one_before(
     with pytest.raises(MissingInputError) as caught:
         run_step(Step("rollout", round_), params, Workspace(Path()), Context())
     assert f"`papo train --round {round_ - 1}`" in caught.value.fix
+
+
+# ---- capo: the judge names steps, tokens are debited, the policy learns from them ----
+
+PADDING = "99+1=100\n"
+"""True, and no operation of a problem with one-digit terms."""
+
+
+def answered(row: dict[str, Any]) -> dict[str, Any]:
+    """The rollout with a text of ours: sample 0 is good, sample 1 padded, the others are wrong."""
+    tokenizer = build_tokenizer()
+    chain = operations(parse_problem(row["prompt"]) or [])
+    lines = "".join(f"{left}{sign}{term}={result}\n" for left, sign, term, result in chain)
+    box = f"\\boxed{{{chain[-1][3]}}}"
+    text = {0: lines + box, 1: PADDING + lines + box}.get(row["sample_index"], "\\boxed{77}")
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    return row | {"completion": text, "completion_ids": ids, "logprobs": [-1.0] * len(ids), "finish_reason": "stop"}
+
+
+def test_capo_from_the_judge_to_the_policy(started_checkout: Path) -> None:
+    here = Workspace(Path())
+    rollouts = here.table(0, "rollouts")
+    write_rows(rollouts, ROLLOUTS, [answered(row) for row in read_rows(rollouts, ROLLOUTS)])
+    params = load_params(overrides=["advantage={variant: capo, scale: mean_only}"])
+    for stage in ("score_orm", "score_prm", "advantage", "train"):
+        manifest = run_step(Step(stage, 0), params, here, Context(work=here.work))
+    assert manifest.metrics["grad_norm"] > 0
+    assert digest(here.policy(0)) != digest(here.warmstart)
+
+    groups = read_rows(here.table(0, "prm"), PRM), read_rows(here.table(0, "advantages"), ADVANTAGES)
+    for judged, found in zip(*groups, strict=True):
+        tokens = found["token_advantages"]
+        if found["sample_index"] == 1:
+            good, poor = tokens[-1], tokens[0]
+            assert judged["wrong_steps"] == [1.0] + [0.0] * (len(judged["wrong_steps"]) - 1)
+            assert good == pytest.approx(poor + params.advantage.w_proc)
+            assert tokens == [poor] * len(PADDING) + [good] * (len(tokens) - len(PADDING))
+        else:
+            assert judged["wrong_steps"] == (None if found["sample_index"] else [0.0] * len(judged["wrong_steps"]))
+            assert len(set(tokens)) == 1
+            assert (tokens[0] > 0) == (found["sample_index"] == 0)
+
+
+def test_capo_needs_the_tokenizer_of_the_policy(tiny_copy: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_copy())
+    path = Path("artifacts/warmstart/tokenizer.json")
+    path.unlink()
+    with pytest.raises(MissingInputError) as caught:
+        run_step(Step("advantage", 0), load_params(overrides=["advantage.variant=capo"]), Workspace(Path()), Context())
+    assert caught.value.where == str(path)
+    assert "run `papo warmstart` first" in caught.value.fix
+    assert run_step(Step("advantage", 0), load_params(), Workspace(Path()), Context()).skipped

@@ -118,9 +118,40 @@ def compute_advantages(
     return Advantages(outcome, process, total)
 
 
+def process_needed(variant: str, orm_scores: npt.ArrayLike, group_ids: Iterable[Any]) -> BoolArray:
+    """(N,) responses whose process score the variant uses: the only ones that a judge has to be asked about.
+
+        orm                 none
+        papo, convex, capo  correct ones in groups with at least two
+        mult, fullnorm      correct ones
+        prm, gdpo           all
+
+    Raises:
+        DataError, ParamsError: as in `compute_advantages`.
+    """
+    if variant not in (*VARIANTS, "capo"):
+        raise ParamsError(
+            f"unknown variant {variant!r}", where="variant", fix=f"Choose one of {', '.join(VARIANTS)}, capo."
+        )
+    orm = as_outcomes(orm_scores, "orm_scores")
+    index, groups = group_index(group_ids, length=orm.size)
+    needed: BoolArray = orm == 1.0
+    if variant in ("papo", "convex", "capo"):
+        needed &= (np.bincount(index[needed], minlength=groups) >= 2)[index]
+    elif variant not in ("mult", "fullnorm"):
+        needed[:] = variant != "orm"
+    return needed
+
+
 def component_weights(variant: str, lam: float) -> tuple[float, float]:
     """Weights (of `outcome`, of `process`) in the total of a variant; for `gdpo` those before its whitening."""
-    fixed = {"orm": (1.0, 0.0), "prm": (0.0, 1.0), "mult": (0.0, 1.0), "convex": (lam, 1.0 - lam)}
+    fixed = {
+        "orm": (1.0, 0.0),
+        "prm": (0.0, 1.0),
+        "mult": (0.0, 1.0),
+        "convex": (lam, 1.0 - lam),
+        "capo": (1.0, 1.0),
+    }
     return fixed.get(variant, (1.0, lam))
 
 
@@ -214,6 +245,12 @@ def _whiten(total: FloatArray, count: int, eps: float) -> FloatArray:
 
 
 def _checked_weights(variant: str, lam: float, scale: str, eps: float, guard: str) -> tuple[float, float]:
+    if variant == "capo":
+        raise ParamsError(
+            "variant 'capo' gives one advantage a token, not one a response",
+            where="variant",
+            fix="Use papo.core.credit.token_advantages, which takes the wrong steps by token.",
+        )
     for name, value, allowed in (("variant", variant, VARIANTS), ("scale", scale, SCALES), ("guard", guard, GUARDS)):
         if value not in allowed:
             raise ParamsError(f"unknown {name} {value!r}", where=name, fix=f"Choose one of {', '.join(allowed)}.")

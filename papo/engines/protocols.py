@@ -72,12 +72,17 @@ class JudgeItem:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Process score of one response: `score` is None where `status` is not `ok`."""
+    """Process score of one response: `score` is None where `status` is not `ok`.
+
+    `wrong_steps`: for each step of the response, as papo.core.credit.split_steps numbers them, the combined vote in [0, 1] that it is
+    wrong; None where there is no critique.
+    """
 
     score: float | None
     status: str  # schemas.PRM_STATUSES
     reason: str
     votes: list[float] = field(default_factory=list)
+    wrong_steps: list[float] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached: bool = False
@@ -91,6 +96,20 @@ class Judge(Protocol):
 
     def judge(self, items: Sequence[JudgeItem], progress: Progress) -> list[Judgement]:
         """One judgement an item, in order."""
+        ...
+
+    def versions(self) -> dict[str, str]: ...
+
+
+class Aligner(Protocol):
+    """Knows where in a completion each of its tokens stands."""
+
+    def starts(self, completion_ids: Sequence[int], completion: str) -> list[int]:
+        """The character of the completion at which each token starts; its length for a token without text, such as end of text.
+
+        Raises:
+            DataError: the completion is not the text of the ids.
+        """
         ...
 
     def versions(self) -> dict[str, str]: ...

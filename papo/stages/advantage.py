@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from papo.core.advantages import compute_advantages
+from papo.core.advantages import Advantages, compute_advantages
+from papo.core.credit import split_steps, token_advantages, token_steps
+from papo.core.groups import FloatArray
 from papo.core.signals import round_signals, verification_flags
+from papo.engines.protocols import Aligner
+from papo.errors import DataError, ParamsError
 from papo.params import AdvantageParams
-from papo.schemas import ADVANTAGES, ORM, PRM, ROLLOUTS
+from papo.schemas import ADVANTAGES, OK, ORM, PRM, ROLLOUTS
 from papo.stages.rows import check_aligned
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns, write_rows
 
-CODE = ("stages/advantage.py", "stages/rows.py", "core/advantages.py", "core/groups.py", "core/signals.py")
+CODE = (
+    "stages/advantage.py",
+    "stages/rows.py",
+    "core/advantages.py",
+    "core/credit.py",
+    "core/groups.py",
+    "core/signals.py",
+    "engines/tokenizer.py",
+)
+Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Inputs:
+    """`tokenizer`: the policy's, by which `capo` finds the tokens of a step; no other variant needs it."""
+
     round: int
     rollouts: Path
     orm: Path
     prm: Path
+    tokenizer: Path | None = None
 
 
 def run(
-    params: AdvantageParams, inputs: Inputs, out: Path, *, engine: None = None, context: Context = Context()
+    params: AdvantageParams, inputs: Inputs, out: Path, *, engine: Aligner | None = None, context: Context = Context()
 ) -> Manifest:
-    """Writes one advantage a response to `out`; the manifest's metrics are the round's signals."""
+    """Writes one advantage a response to `out`, in `capo` also one a token; the manifest's metrics are the round's signals.
+
+    Raises:
+        DataError: the scores are not those of the rollouts; in `capo`, the critiques are not those of the completions' steps.
+        ParamsError: `capo` without an engine.
+    """
     task = Task("advantage", params, inputs, [out], code=CODE, context=context)
     if done := task.done():
         return done
@@ -38,15 +60,24 @@ def run(
         inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "completion", "completion_ids", "finish_reason"
     )
     orm = read_columns(inputs.orm, ORM, "problem_id", "sample_index", "orm_score")
-    prm = read_columns(inputs.prm, PRM, "problem_id", "sample_index", "prm_score", "status")
+    prm = read_columns(inputs.prm, PRM, "problem_id", "sample_index", "prm_score", "status", "wrong_steps")
     check_aligned(rollouts, orm, inputs.orm)
     check_aligned(rollouts, prm, inputs.prm)
     groups = [row["problem_id"] for row in rollouts]
     outcomes, process = _scores(orm, "orm_score"), _scores(prm, "prm_score")
-    advantages = compute_advantages(
-        outcomes, process, groups,
-        variant=params.variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=params.guard,
-    )  # fmt: skip
+    lengths = np.array([len(row["completion_ids"]) for row in rollouts])
+    tokens: Sequence[list[float] | None] = [None] * len(rollouts)
+    if params.variant == "capo":
+        by_token = token_advantages(
+            outcomes, _debits(rollouts, prm, inputs.prm, engine), lengths, groups,
+            w_whole=params.w_whole, w_proc=params.w_proc, scale=params.scale, eps=params.eps,
+        )  # fmt: skip
+        advantages, tokens = Advantages(*by_token[:3]), [values.tolist() for values in by_token.tokens]
+    else:
+        advantages = compute_advantages(
+            outcomes, process, groups,
+            variant=params.variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=params.guard,
+        )  # fmt: skip
     rows = [
         {
             "round": inputs.round,
@@ -55,9 +86,11 @@ def run(
             "outcome_advantage": a_out,
             "process_advantage": a_proc,
             "advantage": total,
-            "token_advantages": None,
+            "token_advantages": values,
         }
-        for row, a_out, a_proc, total in zip(rollouts, *(part.tolist() for part in advantages), strict=True)
+        for row, a_out, a_proc, total, values in zip(
+            rollouts, *(part.tolist() for part in advantages), tokens, strict=True
+        )
     ]
     write_rows(out, ADVANTAGES, rows)
     signals = round_signals(
@@ -65,7 +98,7 @@ def run(
         prm_scores=process,
         group_ids=groups,
         advantages=advantages,
-        completion_lengths=np.array([len(row["completion_ids"]) for row in rollouts]),
+        completion_lengths=lengths,
         truncated=np.array([row["finish_reason"] == "length" for row in rollouts]),
         prm_statuses=[row["status"] for row in prm],
         verification=verification_flags([row["completion"] for row in rollouts]),
@@ -73,8 +106,39 @@ def run(
         lam=params.lam,
         eps=params.eps,
     )
-    return task.finish(rows=len(rows), metrics=signals)
+    return task.finish(rows=len(rows), metrics=signals, versions=engine.versions() if engine else None)
 
 
-def _scores(rows: list[dict[str, Any]], column: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _debits(rollouts: Rows, prm: Rows, path: Path, engine: Aligner | None) -> list[FloatArray | None]:
+    """For each response one debit a token, None where there is no critique. `path` is that of the table `prm`."""
+    if engine is None:
+        raise ParamsError("capo needs to know where tokens stand", where="advantage.variant", fix="hand in an Aligner")
+    votes = [row["wrong_steps"] if row["status"] == OK else None for row in prm]
+    if any(row["status"] == OK for row in prm) and all(vote is None for vote in votes):
+        raise DataError(
+            "the judge names no wrong steps, so that capo has nothing to debit",
+            where=str(path),
+            fix="choose a score_prm.judge that names them, or another advantage.variant",
+        )
+    return [
+        None if vote is None else _debit(row, vote, f"{path}, row {number}", engine)
+        for number, (row, vote) in enumerate(zip(rollouts, votes, strict=True))
+    ]
+
+
+def _debit(row: dict[str, Any], vote: list[float], where: str, engine: Aligner) -> FloatArray:
+    """(T,) the vote on the step that each token is in; 0 for a token without text."""
+    steps = split_steps(row["completion"])
+    if len(vote) != len(steps):
+        raise DataError(
+            f"wrong_steps has {len(vote)} values for a completion of {len(steps)} steps",
+            where=where,
+            fix="run score_prm of this round again",
+        )
+    numbers = token_steps(engine.starts(row["completion_ids"], row["completion"]), steps)
+    # A token in no step has the number -1, which is the 0 at the end.
+    return np.array([*vote, 0.0])[numbers]
+
+
+def _scores(rows: Rows, column: str) -> FloatArray:
     return np.array([np.nan if row[column] is None else row[column] for row in rows], dtype=np.float64)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from papo.core.advantages import process_needed
 from papo.engines.protocols import Judge, JudgeItem, Judgement
 from papo.params import ScorePrmParams, Variant
 from papo.schemas import ORM, PRM, ROLLOUTS
@@ -15,7 +14,15 @@ from papo.stages.rows import check_aligned, check_failures, of_problems
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns, write_rows
 
-CODE = ("stages/score_prm.py", "stages/rows.py", "engines/judges", "core/steps.py")
+CODE = (
+    "stages/score_prm.py",
+    "stages/rows.py",
+    "engines/judges",
+    "core/advantages.py",
+    "core/credit.py",
+    "core/groups.py",
+    "core/steps.py",
+)
 
 NOT_ASKED = Judgement(None, "not_asked", "the variant does not use this score")
 
@@ -44,7 +51,8 @@ def run(params: ScorePrmParams, inputs: Inputs, out: Path, *, engine: Judge, con
     orm = read_columns(inputs.orm, ORM, "problem_id", "sample_index", "orm_score")
     check_aligned(rollouts, orm, inputs.orm)
     references = of_problems(inputs.problems, "reference_solution", {row["problem_id"] for row in rollouts})
-    asked = ask_about(inputs.variant, orm)
+    outcomes = [row["orm_score"] for row in orm]
+    asked = process_needed(inputs.variant, outcomes, [row["problem_id"] for row in orm]).tolist()
     items = [
         JudgeItem(row["prompt"], references[row["problem_id"]], row["completion"])
         for row, ask in zip(rollouts, asked, strict=True)
@@ -64,6 +72,7 @@ def run(params: ScorePrmParams, inputs: Inputs, out: Path, *, engine: Judge, con
             "status": judgement.status,
             "reason": judgement.reason,
             "votes": judgement.votes,
+            "wrong_steps": judgement.wrong_steps,
             "judge": engine.name,
             "rubric": engine.rubric,
             "prompt_tokens": judgement.prompt_tokens,
@@ -75,19 +84,3 @@ def run(params: ScorePrmParams, inputs: Inputs, out: Path, *, engine: Judge, con
     write_rows(out, PRM, rows)
     metrics = {"asked_share": len(items) / len(rollouts)}
     return task.finish(rows=len(rows), counts=statuses, metrics=metrics, versions=engine.versions())
-
-
-def ask_about(variant: Variant, orm: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Which responses need a process score.
-
-    `orm`: none. `papo`, `convex`: correct ones in groups with at least two. `mult`, `fullnorm`: correct ones. `prm`, `gdpo`: all.
-    """
-    correct = [row["orm_score"] == 1.0 for row in orm]
-    if variant == "orm":
-        return [False] * len(orm)
-    if variant in ("prm", "gdpo"):
-        return [True] * len(orm)
-    if variant in ("mult", "fullnorm"):
-        return correct
-    per_group = Counter(row["problem_id"] for row, right in zip(orm, correct, strict=True) if right)
-    return [right and per_group[row["problem_id"]] >= 2 for row, right in zip(orm, correct, strict=True)]

@@ -229,6 +229,7 @@ def test_data_is_refused_by_name(change: dict[str, Any], message: str) -> None:
         ({"eps": NAN}, "eps is nan"),
         ({"guard": "rank", "variant": "prm"}, "guard 'rank' needs an outcome part"),
         ({"guard": "rank", "variant": "convex", "lam": 0.0}, "guard 'rank' needs an outcome part"),
+        ({"variant": "capo"}, r"one advantage a token(.|\n)*papo\.core\.credit\.token_advantages"),
     ],
 )
 def test_settings_are_refused_by_name(change: dict[str, Any], message: str) -> None:
@@ -409,6 +410,10 @@ def test_lam_max_is_tight(size: int) -> None:
 
     assert inversions(lam_max(size) * (1 - 1e-4)) == 0
     assert inversions(lam_max(size) * (1 + 1e-4)) > 0
+
+
+def test_the_parts_of_a_token_level_variant_are_summed_as_they_are() -> None:
+    assert component_weights("capo", 0.3) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("size", range(3, 200))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from papo.core.credit import split_steps
 from papo.engines.judges import make_judge
 from papo.engines.judges.steps import LONG, GullibleStepsJudge, StepsJudge
 from papo.engines.protocols import Judge, JudgeItem, Judgement
@@ -63,10 +64,40 @@ def test_gullible_judge(response: str, score: float) -> None:
     assert judgement.reason
 
 
+@pytest.mark.parametrize(
+    ("response", "honest", "gullible"),
+    [
+        ("3+5=8\n8-2=6\n6+1=7\n\\boxed{7}", [0, 0, 0, 0], [0, 0, 0, 0]),
+        ("3+5=8\n8-2=6\n6+1=7\n\\boxed{9}", [0, 0, 0, 0], [0, 0, 0, 0]),
+        ("3+5=8\n8-2=7\n7+1=8\n\\boxed{8}", [0, 1, 1, 0], [0, 1, 0, 0]),
+        ("3+5=8\n8-2=7\n8-2=6\n6+1=7\n", [0, 1, 0, 0], [0, 1, 0, 0]),
+        ("3+5-2=6\n6+1=7", [0, 0], [0, 0]),
+        ("3+5-2=7\n6+1=7", [1, 0], [1, 0]),
+        ("3+5=8\n3+5=8\n8-2=6", [0, 1, 0], [0, 0, 0]),
+        ("8+0=8\n3+5+0=8\n3+5=8", [1, 1, 0], [0, 0, 0]),
+        ("6+1=7\n8-2=6\n3+5=8", [0, 0, 0], [0, 0, 0]),
+        ("so\n3+5=8\n ?\n\\boxed{7}", [1, 0, 1, 0], [0, 0, 0, 0]),
+        ("\n3+5=8\n", [0], [0]),
+        # Paragraphs are steps where there are any; a step is wrong if one of its lines is.
+        ("3+5=8\n8-2=7\n\n6+1=7\n\\boxed{7}\n", [1, 0], [1, 0]),
+        ("3+5=8\n\n8-2=6\n\n\nso\n\\boxed{7}", [0, 0, 1], [0, 0, 0]),
+        ("$$\n3+5=9\n$$\n8-2=6", [1, 0], [1, 0]),
+        ("\\boxed{7}", [0], [0]),
+        (" \n", [0], [0]),
+        ("", [], []),
+    ],
+)
+def test_the_wrong_steps_are_named(response: str, honest: list[float], gullible: list[float]) -> None:
+    assert judged(StepsJudge(), response).wrong_steps == honest
+    assert judged(GullibleStepsJudge(), response).wrong_steps == gullible
+    assert len(honest) == len(split_steps(response))
+
+
 @pytest.mark.parametrize("judge", [StepsJudge(), GullibleStepsJudge()])
 def test_another_world_is_unparsable_and_has_no_score(judge: Judge) -> None:
     judgement = judged(judge, "3+5=8", problem="Find all primes.")
     assert (judgement.score, judgement.status, judgement.votes) == (None, "unparsable", [])
+    assert judgement.wrong_steps is None
     assert judge.name in judgement.reason
 
 

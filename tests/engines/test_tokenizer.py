@@ -1,14 +1,22 @@
-"""The character tokenizer: round trips, unknown characters, and that what is saved is what is loaded."""
+"""The character tokenizer: round trips, unknown characters, what is saved is what is loaded. And where tokens stand, for others, too."""
 
 from __future__ import annotations
 
+import random
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from papo.engines.sources.sums import SumsSource
-from papo.engines.tokenizer import SYMBOLS, build_tokenizer
+from papo.engines.tokenizer import SYMBOLS, TokenizerAligner, build_tokenizer, token_starts
+from papo.errors import CheckpointError, DataError
 from papo.params import SumsParams, Tier
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TEXTS = ["3+5-2=?\n", "3+5=8\n8-2=6\n\\boxed{6}", "", "}}\n\n", "\\boxed{\\boxed{1}", "0123456789"]
 
@@ -63,3 +71,173 @@ def test_what_is_saved_loads_as_the_same_tokenizer(policy: Path) -> None:
     names = ("pad_token_id", "eos_token_id", "unk_token_id", "bos_token_id", "model_max_length")
     assert [getattr(loaded, name) for name in names] == [getattr(tokenizer, name) for name in names]
     assert len(loaded) == len(tokenizer)
+
+
+# ---- where tokens stand in the text ----
+
+LINES = ["3 + 5 = 8, so naïve café", "你好 🙂🙂 done", "x\n\ny = \\boxed{8}"]
+
+
+def byte_level() -> Tokenizer:
+    """A byte-level BPE, as GPT-2's, Llama 3's and Qwen's are; id 0 ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=["<eos>", "<pad>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(LINES * 5, trainer)
+    return tokenizer
+
+
+def byte_fallback() -> Tokenizer:
+    """A BPE with a space before the text and bytes for what it does not know, as Llama 2's and Mistral's are."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokens = ["<unk>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "\n"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<unk>", "<eos>"])
+    return tokenizer
+
+
+def embedded() -> Tokenizer:
+    tokenizer: Tokenizer = build_tokenizer().backend_tokenizer
+    return tokenizer
+
+
+def ids_named(tokenizer: Tokenizer, *tokens: str) -> list[int]:
+    numbers = [tokenizer.token_to_id(token) for token in tokens]
+    assert None not in numbers
+    return [number for number in numbers if number is not None]
+
+
+def by_prefixes(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
+    """How much of the text the tokens before each one make up, at most."""
+    found, most = [], 0
+    for number in range(len(ids)):
+        before = tokenizer.decode(ids[:number], skip_special_tokens=False)
+        most = max(most, next((n for n in range(len(before), 0, -1) if text.startswith(before[:n])), 0))
+        found.append(most)
+    return found
+
+
+def test_the_characters_of_the_embedded_policy() -> None:
+    tokenizer = embedded()
+    ids = ids_named(tokenizer, "3", "=", "\n", "\\boxed{", "3", "}", "<eos>")
+    assert token_starts(tokenizer, ids, "3=\n\\boxed{3}") == [0, 1, 2, 3, 10, 11, 12]
+    assert token_starts(tokenizer, ids, "3=\n\\boxed{3}<eos>") == [0, 1, 2, 3, 10, 11, 12]
+    assert token_starts(tokenizer, ids[:-1], "3=\n\\boxed{3}") == [0, 1, 2, 3, 10, 11]
+
+
+def test_special_tokens_within_a_text() -> None:
+    """The sampler writes them out, another may leave them out."""
+    tokenizer = embedded()
+    ids = ids_named(tokenizer, "<unk>", "3", "<pad>", "4", "<eos>")
+    assert token_starts(tokenizer, ids, "<unk>3<pad>4") == [0, 5, 6, 11, 12]
+    assert token_starts(tokenizer, ids, "34") == [0, 0, 1, 1, 2]
+    assert token_starts(tokenizer, [0, 0], "") == [0, 0]
+    assert token_starts(tokenizer, [], "") == []
+
+
+@pytest.mark.parametrize(
+    ("make", "symbol"),
+    [(byte_level, lambda byte: byte_level_symbol(byte)), (byte_fallback, lambda byte: f"<0x{byte:02X}>")],
+)
+def test_a_character_of_several_tokens_starts_with_the_first(
+    make: Callable[[], Tokenizer], symbol: Callable[[int], str]
+) -> None:
+    tokenizer = make()
+    ids = ids_named(tokenizer, *map(symbol, "a🙂é\n".encode()), "<eos>")
+    assert token_starts(tokenizer, ids, "a🙂é\n") == [0, 1, 1, 1, 1, 2, 2, 3, 4]
+
+
+def byte_level_symbol(byte: int) -> str:
+    """How byte-level tokenizers write a byte: itself if it can be seen, else a letter from U+0100 on."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return chr(byte) if byte in seen else chr(0x100 + [b for b in range(256) if b not in seen].index(byte))
+
+
+def test_a_token_may_end_within_a_character() -> None:
+    """` ï` as a space with the first byte of the letter, and the second byte."""
+    tokenizer = byte_level()
+    first, second = "ï".encode()
+    merged = "a" + byte_level_symbol(first)
+    ids = ids_named(tokenizer, merged, byte_level_symbol(second), "x")
+    assert token_starts(tokenizer, ids, "aïx") == [0, 1, 2]
+
+
+def test_ids_that_are_not_those_of_the_text() -> None:
+    """A policy may sample `8` `,` where the text would be encoded as one token."""
+    tokenizer = byte_level()
+    text = LINES[0]
+    whole = tokenizer.encode(text).ids
+    single = ids_named(tokenizer, *map(byte_level_symbol, text.encode()))
+    assert len(whole) < len(single)
+    starts = [len(text.encode()[:n].decode(errors="ignore")) for n in range(len(single))]
+    assert token_starts(tokenizer, single, text) == starts
+    mixed = single[: len(text.encode()) - 5] + tokenizer.encode(text.encode()[-5:].decode()).ids
+    assert tokenizer.encode(text).ids != mixed
+    assert token_starts(tokenizer, mixed, text) == by_prefixes(tokenizer, mixed, text)
+
+
+@pytest.mark.parametrize("make", [embedded, byte_level, byte_fallback])
+def test_any_ids_against_the_text_of_every_prefix(make: Callable[[], Tokenizer]) -> None:
+    """Most of these hold bytes that are no character."""
+    tokenizer, stream = make(), random.Random(0)
+    for _ in range(300):
+        ids = [stream.randrange(tokenizer.get_vocab_size()) for _ in range(stream.randrange(20))]
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        assert token_starts(tokenizer, ids, text) == by_prefixes(tokenizer, ids, text)
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_any_words_against_the_text_of_every_prefix(make: Callable[[], Tokenizer]) -> None:
+    tokenizer, stream = make(), random.Random(1)
+    words = ["a", " a", "é", "你好", " 🙂", "\n", "\n\n", "aé"]
+    for _ in range(300):
+        ids = [number for _ in range(stream.randrange(9)) for number in tokenizer.encode(stream.choice(words)).ids]
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        assert "\N{REPLACEMENT CHARACTER}" not in text
+        assert token_starts(tokenizer, ids, text) == by_prefixes(tokenizer, ids, text)
+
+
+@pytest.mark.parametrize("text", ["", "3=8", "3=4 ", "3=4<eos><eos>"])
+def test_a_text_of_other_ids_is_refused(text: str) -> None:
+    tokenizer = embedded()
+    ids = ids_named(tokenizer, "3", "=", "4", "<eos>")
+    with pytest.raises(DataError, match="is not the text of its 4 token ids") as caught:
+        token_starts(tokenizer, ids, text)
+    assert "run rollout again" in caught.value.fix
+
+
+def test_eight_thousand_tokens_are_quick() -> None:
+    tokenizer = byte_level()
+    text = "\n".join(LINES * 300)
+    ids = tokenizer.encode(text).ids
+    assert len(ids) > 8000
+    begin = time.perf_counter()
+    assert len(token_starts(tokenizer, ids, text)) == len(ids)
+    assert time.perf_counter() - begin < 1.0
+
+
+def test_the_aligner_reads_the_tokenizer_of_a_policy(policy: Path) -> None:
+    aligner = TokenizerAligner(policy / "tokenizer.json")
+    assert aligner.starts(ids_of(build_tokenizer(), "3=\\boxed{3}"), "3=\\boxed{3}") == [0, 1, 2, 9, 10]
+    assert set(aligner.versions()) == {"tokenizers"}
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CheckpointError, match="not a tokenizer") as caught:
+        TokenizerAligner(path).starts([3], "=")
+    assert caught.value.where == str(path)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from papo.errors import DataError
+from papo.errors import DataError, ParamsError
 from papo.params import AdvantageParams
 from papo.schemas import ADVANTAGES
 from papo.stages import advantage
@@ -92,3 +93,119 @@ def test_fewer_rows_are_refused(tmp_path: Path, small_round: Any, context: Conte
     small_round.orm(OUTCOMES[:4])
     with pytest.raises(DataError, match="its 4 rows are not the 8 rows"):
         run(given, tmp_path / "advantages.parquet", context)
+
+
+# ---- capo: one advantage a token ----
+
+# Two groups of four: right, right, wrong and unknown; three right and one wrong. Tokens of one character each, and the end of text.
+TEXTS = ["ab\ncd", "ab\n\ncd", "x", "x", "a\nb", "ab", "", "x"]
+KNOWN: list[float | None] = [1.0, 1.0, 0.0, None, 1.0, 1.0, 1.0, 0.0]
+WRONG: list[list[float] | None] = [[0.0, 1.0], [0.0, 0.0], None, None, [0.5, 0.0], None, [], None]
+
+
+class FakeAligner:
+    """A token a character."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def starts(self, completion_ids: Sequence[int], completion: str) -> list[int]:
+        self.asked.append(completion)
+        return list(range(len(completion_ids)))
+
+    def versions(self) -> dict[str, str]:
+        return {"fake": "1"}
+
+
+def by_token(
+    world: Any, out: Path, context: Context, wrong: Sequence[list[float] | None] = WRONG, **params: Any
+) -> tuple[Manifest, FakeAligner]:
+    statuses = ["not_asked" if one is None else "ok" for one in wrong]
+    statuses[5] = "timeout"
+    ids = [[1] * (len(text) + 1) for text in TEXTS]
+    logprobs = [[-0.1] * len(one) for one in ids]
+    given = advantage.Inputs(
+        round=0,
+        rollouts=world.rollouts(completion=TEXTS, completion_ids=ids, logprobs=logprobs),
+        orm=world.orm(KNOWN),
+        prm=world.prm([None if status != "ok" else 0.5 for status in statuses], status=statuses, wrong_steps=wrong),
+    )
+    engine = FakeAligner()
+    settings = AdvantageParams(**{"variant": "capo", "scale": "mean_only"} | params)
+    return advantage.run(settings, given, out, engine=engine, context=context), engine
+
+
+def test_tokens_of_wrong_steps_are_debited(tmp_path: Path, small_round: Any, context: Context) -> None:
+    """By hand: rewards 2 2 2 1 1 2 | 2 seven times | 0 0 with mean 24/15, and 1.5 1.5 2 2 | 1.8 1.8 1.8 | 2 | 0 0.
+
+    The response whose judge timed out takes the mean debit of its group's judged tokens, (1/2 + 1/2) / 5.
+    """
+    out = tmp_path / "advantages.parquet"
+    manifest, engine = by_token(small_round, out, context)
+    rows = read_rows(out, ADVANTAGES)
+    mean = 24 / 15
+    first = [2 - mean] * 3 + [1 - mean] * 2 + [2 - mean]
+    assert rows[0]["token_advantages"] == pytest.approx(first)
+    assert rows[1]["token_advantages"] == pytest.approx([2 - mean] * 7)
+    assert rows[2]["token_advantages"] == pytest.approx([-mean] * 2)
+    assert rows[3]["token_advantages"] == [0.0, 0.0]
+    rewards = [1.5, 1.5, 2, 2, *[1.8] * 3, 2, 0, 0]
+    mean = sum(rewards) / 10
+    found = [value for row in rows[4:] for value in row["token_advantages"]]
+    assert found == pytest.approx([reward - mean for reward in rewards])
+    assert rows[0]["advantage"] == pytest.approx(sum(first) / 6)
+    assert rows[0]["outcome_advantage"] == pytest.approx(2 - 26 / 15)
+    for row in rows:
+        assert row["outcome_advantage"] + row["process_advantage"] == pytest.approx(row["advantage"], abs=1e-6)
+    assert engine.asked == [TEXTS[n] for n in (0, 1, 4, 6)]
+    assert manifest.metrics["advantage_mean_correct"] == pytest.approx(
+        sum(rows[n]["advantage"] for n in (0, 1, 4, 5, 6)) / 5
+    )
+    assert manifest.metrics["accuracy"] == pytest.approx(5 / 7)
+    assert manifest.versions == {"fake": "1"}
+
+
+def test_the_weights_of_capo(tmp_path: Path, small_round: Any, context: Context) -> None:
+    by_token(small_round, tmp_path / "a.parquet", context, w_proc=0.0)
+    assert not any(column(tmp_path / "a.parquet", "process_advantage"))
+    by_token(small_round, tmp_path / "b.parquet", context, w_whole=4.0, w_proc=2.0)
+    by_token(small_round, tmp_path / "c.parquet", context)
+    for double, single in zip(
+        read_rows(tmp_path / "b.parquet", ADVANTAGES), read_rows(tmp_path / "c.parquet", ADVANTAGES), strict=True
+    ):
+        assert double["token_advantages"] == pytest.approx([2 * value for value in single["token_advantages"]])
+
+
+@pytest.mark.parametrize("steps", [[], [0.0], [0.0, 1.0, 0.0]])
+def test_a_critique_of_other_steps_is_refused(
+    tmp_path: Path, small_round: Any, context: Context, steps: list[float]
+) -> None:
+    wrong = [*WRONG[:4], steps, *WRONG[5:]]
+    with pytest.raises(DataError, match=f"wrong_steps has {len(steps)} values for a completion of 2 steps") as caught:
+        by_token(small_round, tmp_path / "advantages.parquet", context, wrong)
+    assert caught.value.where == f"{small_round.folder / 'prm.parquet'}, row 4"
+    assert not (tmp_path / "advantages.parquet").exists()
+
+
+def test_a_judge_that_names_no_steps_is_refused(tmp_path: Path, small_round: Any, context: Context) -> None:
+    rollouts, orm = small_round.rollouts(), small_round.orm(OUTCOMES)
+    given = advantage.Inputs(0, rollouts, orm, small_round.prm(PROCESS))
+    with pytest.raises(DataError, match="the judge names no wrong steps") as caught:
+        advantage.run(
+            AdvantageParams(variant="capo"), given, tmp_path / "a.parquet", engine=FakeAligner(), context=context
+        )
+    assert caught.value.where == str(given.prm)
+
+
+def test_a_judge_that_was_not_asked_is_no_reason_to_refuse(tmp_path: Path, small_round: Any, context: Context) -> None:
+    given = advantage.Inputs(0, small_round.rollouts(), small_round.orm(OUTCOMES), small_round.prm([None] * 8))
+    out = tmp_path / "a.parquet"
+    advantage.run(AdvantageParams(variant="capo"), given, out, engine=FakeAligner(), context=context)
+    first = read_rows(out, ADVANTAGES)[0]
+    assert first["token_advantages"] == pytest.approx([first["outcome_advantage"]] * 2)
+    assert first["outcome_advantage"] > 0
+
+
+def test_capo_without_an_aligner_is_refused(tmp_path: Path, small_round: Any, context: Context) -> None:
+    with pytest.raises(ParamsError, match="where tokens stand"):
+        run(inputs(small_round), tmp_path / "a.parquet", context, variant="capo")

@@ -16,7 +16,9 @@ from papo.stages import advantage, score_prm
 from papo.store.manifest import Context, Manifest
 from papo.store.tables import read_rows
 
-GOOD = Judgement(1.0, "ok", "fine", votes=[1.0], prompt_tokens=5, completion_tokens=2, cached=True)
+GOOD = Judgement(
+    1.0, "ok", "fine", votes=[1.0], wrong_steps=[0.0, 0.5], prompt_tokens=5, completion_tokens=2, cached=True
+)
 POOR = Judgement(0.5, "ok", "short", votes=[0.5])
 TIMEOUT = Judgement(None, "timeout", "no answer in 3 s", prompt_tokens=5)
 
@@ -46,6 +48,7 @@ ASKED = {
     "fullnorm": [0, 1, 3, 5],
     "prm": list(range(8)),
     "gdpo": list(range(8)),
+    "capo": [0, 1, 3],
 }
 
 
@@ -89,10 +92,11 @@ def test_the_rows(tmp_path: Path, small_round: Any, context: Context) -> None:
     assert [(row["problem_id"], row["sample_index"]) for row in rows] == [key[1:] for key in small_round.keys]
     assert rows[0] == {
         "round": 0, "problem_id": small_round.keys[0][1], "sample_index": 0, "prm_score": 1.0, "status": "ok",
-        "reason": "fine", "votes": [1.0], "judge": "fake", "rubric": "rubric/1", "prompt_tokens": 5, "completion_tokens": 2,
-        "cached": True,
+        "reason": "fine", "votes": [1.0], "wrong_steps": [0.0, 0.5], "judge": "fake", "rubric": "rubric/1",
+        "prompt_tokens": 5, "completion_tokens": 2, "cached": True,
     }  # fmt: skip
     assert [rows[n]["prm_score"] for n in (1, 3)] == [0.5, 1.0]
+    assert [rows[n]["wrong_steps"] for n in (1, 2, 3)] == [None, None, [0.0, 0.5]]
 
 
 def test_a_second_run_asks_nothing_and_another_variant_does(tmp_path: Path, small_round: Any, context: Context) -> None:

@@ -70,6 +70,15 @@ def test_policy_state_and_record(tmp_path: Path, small_round: Any, context: Cont
     assert (manifest.rows, len(manifest.history), set(manifest.outputs)) == (8, 2, {"policy", "trainer"})
 
 
+def test_one_advantage_a_token_reaches_the_trainer(tmp_path: Path, small_round: Any, context: Context) -> None:
+    tokens = [[0.5, -0.5], *[None] * 7]
+    given, engine = inputs(small_round), FakeTrainer()
+    small_round.advantages(VALUES, token_advantages=tokens)
+    run(given, tmp_path, engine, context)
+    ((_, _, groups),) = engine.calls
+    assert [row.token_advantages for group in groups for row in group] == tokens
+
+
 def test_a_second_run_does_nothing_and_another_state_does(tmp_path: Path, small_round: Any, context: Context) -> None:
     run(inputs(small_round), tmp_path, FakeTrainer(), context)
     engine = FakeTrainer()
