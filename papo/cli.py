@@ -79,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in STAGE_HELP.items():
         stage = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         stage.add_argument("--round", type=int, metavar="K", help="the round, from 0")
+        if name == "advantage":
+            stage.add_argument("--variant", metavar="X", help="as --set advantage.variant=X; all with --compare")
+            compare = "only show what X would make of the stored scores, against the stored advantages; all rounds without --round"
+            stage.add_argument("--compare", action="store_true", help=compare)
         _common(stage)
     run = commands.add_parser("run", help="the whole pipeline in this process, without any server", allow_abbrev=False)
     run.add_argument("--no-dvc", action="store_true", help="do not record the outputs with DVC at the end")
@@ -87,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     _common(commands.add_parser("params", help="print every param with its value in force", allow_abbrev=False))
     alarms = "what the signals of the rounds so far say is going wrong, and since when"
     _common(commands.add_parser("alarms", help=alarms, description=alarms, allow_abbrev=False))
+    why = "the responses to one problem, their scores and advantages, and why each is pushed up or down"
+    explain = commands.add_parser("explain", help=why, description=why, allow_abbrev=False)
+    explain.add_argument("problem_id", metavar="PROBLEM_ID", help="its first digits are enough, from four on")
+    explain.add_argument("--round", type=int, metavar="K", help="the round (default: the last that has the problem)")
+    explain.add_argument("--text", action="store_true", help="also the text of each response")
+    _common(explain)
     dvc = commands.add_parser("dvc", help="write dvc.yaml anew from params.yaml", allow_abbrev=False)
     dvc.add_argument("--check", action="store_true", help="only say whether dvc.yaml is up to date")
     return parser

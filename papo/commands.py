@@ -8,12 +8,22 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from papo.console import configure_logging, log, make_context, show_alarms, show_summary, warn
+from papo.console import (
+    configure_logging,
+    log,
+    make_context,
+    show_alarms,
+    show_explained,
+    show_rederivation,
+    show_summary,
+    warn,
+)
 from papo.core.alarms import Alarm, Limits, fired
 from papo.dvcfile import DVC_FILE, render
 from papo.engines.tracking import make_tracker
 from papo.engines.versioning import Dvc
 from papo.errors import MissingInputError, UserError
+from papo.inspection import check_variant, explain_problem, rederive
 from papo.params import Params, load_params
 from papo.pipeline import Step, run_step, steps
 from papo.session import Session, Summary, share_start
@@ -27,7 +37,7 @@ def dispatch(options: argparse.Namespace) -> int:
     configure_logging()
     if options.command == "dvc":
         return write_dvc(check=options.check)
-    params = load_params(preset=options.preset, overrides=options.overrides)
+    params = load_params(preset=options.preset, overrides=overrides(options))
     stay_offline(params)
     if options.command == "params":
         sys.stdout.writelines(f"{key} = {value}\n" for key, value in params.flat().items())
@@ -35,6 +45,13 @@ def dispatch(options: argparse.Namespace) -> int:
     workspace = Workspace(options.workspace)
     if options.command == "alarms":
         show_alarms(*signals_and_alarms(params, workspace))
+        return 0
+    if options.command == "explain":
+        show_explained(explain_problem(workspace, options.problem_id, round_=options.round), text=options.text)
+        return 0
+    if options.command == "advantage" and options.compare:
+        variant = options.variant or "all"
+        show_rederivation(rederive(params.advantage, workspace, variant=variant, round_=options.round))
         return 0
     if options.command == "run":
         show_summary(run_all(params, workspace, name=options.name, dvc=not options.no_dvc, wait_s=options.wait))
@@ -44,6 +61,19 @@ def dispatch(options: argparse.Namespace) -> int:
         manifest = run_step(step, params, workspace, make_context(workspace.work))
     log.info("%s: %s", step, "had been done before" if manifest.skipped else f"done in {manifest.seconds:.1f} s")
     return 0
+
+
+def overrides(options: argparse.Namespace) -> list[str]:
+    """What `--set` gives, and the `--variant` of `papo advantage` unless it is only compared.
+
+    Raises:
+        ParamsError: an unknown variant.
+    """
+    given: list[str] = options.overrides
+    if options.command != "advantage" or options.variant is None:
+        return given
+    check_variant(options.variant, comparing=options.compare)
+    return given if options.compare else [*given, f"advantage.variant={options.variant}"]
 
 
 def run_all(params: Params, workspace: Workspace, *, name: str | None, dvc: bool, wait_s: float = 0.0) -> Summary:

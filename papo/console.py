@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from papo.core.alarms import Alarm, onsets
 from papo.engines.policy import import_libraries
+from papo.inspection import Explained, Rederivation, Response
 from papo.session import Summary
 from papo.store.manifest import Context
 
-WORDS = ("benchmark", "tier", "signal", "stage", "alarm", "evidence")  # columns that are no numbers
+# Columns that are no numbers.
+WORDS = ("benchmark", "tier", "signal", "stage", "alarm", "evidence", "stored", "variant")
 console = Console(stderr=True)
 log = logging.getLogger("papo")
 
@@ -82,7 +87,39 @@ def show_alarms(rounds: int, raised: list[Alarm]) -> None:
     if rows:
         out.print(_table(rows))
     ringing = [alarm.name for alarm in raised if alarm.round == rounds - 1]
-    out.print(f"{rounds} {'round' if rounds == 1 else 'rounds'}; ringing in the last one: {', '.join(ringing) or 'none'}", highlight=False)
+    out.print(
+        f"{rounds} {'round' if rounds == 1 else 'rounds'}; ringing in the last one: {', '.join(ringing) or 'none'}",
+        highlight=False,
+    )
+
+
+def show_rederivation(rederivation: Rederivation) -> None:
+    """A row a round and variant, with the remarks below, on standard output."""
+    out = _output()
+    table = _fitted(out, rederivation_rows(rederivation))
+    out.print("Advantages from the stored scores, against those stored", style="bold", highlight=False)
+    out.print(table)
+    sign = "sign: of how many responses it changed; flipped, silenced to 0 or woken from 0. rank: of how many within the group"
+    _section(out, "", [sign, *rederivation.notes])
+
+
+def show_explained(explained: Explained, *, text: bool = False) -> None:
+    """One problem in one round, on standard output; `text` adds the responses themselves."""
+    out = _output()
+    table = _fitted(out, response_rows(explained.responses))
+    others = ", ".join(map(str, explained.other_rounds))
+    also = f" (also in round {others})" if others else ""
+    _section(out, f"Problem {explained.problem_id}, round {explained.round}{also}", [explained.prompt.strip()])
+    _section(out, "Gold answer", [explained.answer])
+    out.print(f"Responses; {explained.settings.words()}", style="bold", highlight=False, markup=False)
+    out.print(table)
+    _section(out, "", explained_notes(explained))
+    _section(out, "Why", explained.why.group)
+    _section(out, "", _numbered(explained.responses, explained.why.responses))
+    _section(out, f"What the judge said ({explained.judge})", reason_lines(explained.responses))
+    if text:
+        for response in explained.responses:
+            _section(out, f"Response {response.sample_index}", [response.text.rstrip()])
 
 
 def show_summary(summary: Summary) -> None:
@@ -156,6 +193,65 @@ def alarm_rows(begun: list[Alarm]) -> list[dict[str, str]]:
     return [{"alarm": alarm.name, "from round": str(alarm.round), "evidence": alarm.evidence} for alarm in begun]
 
 
+def rederivation_rows(rederivation: Rederivation) -> list[dict[str, str]]:
+    """A row a round and variant: what would change, in numbers of responses."""
+    return [
+        {
+            "round": str(row.round),
+            "stored": row.stored,
+            "variant": row.variant,
+            "responses": str(row.changes.responses),
+            "sign": str(row.changes.sign_changed),
+            "flipped": str(row.changes.flipped),
+            "silenced": str(row.changes.silenced),
+            "woken": str(row.changes.woken),
+            "rank": str(row.changes.rank_changed),
+            "A = 0": f"{row.zero_share:.3f}",
+            "inversions": str(row.inversions),
+            "missing": str(row.missing),
+        }
+        for row in rederivation.rows
+    ]
+
+
+def response_rows(responses: list[Response]) -> list[dict[str, str]]:
+    """A row a response: its scores, or why there is none; its advantages; what others would have given it."""
+    return [
+        {
+            "sample": str(response.sample_index),
+            "outcome": _score(response.orm, response.orm_status),
+            "extracted": _shortened(response.extracted or "-"),
+            "process": _score(response.prm, response.prm_status),
+            "tokens": str(response.tokens),
+            "A_out": _signed(response.outcome),
+            "A_proc": _signed(response.process),
+            "A": _signed(response.advantage),
+            **{f"as {name}": _signed(value) for name, value in response.peers.items()},
+        }
+        for response in responses
+    ]
+
+
+def explained_notes(explained: Explained) -> list[str]:
+    """How to read the table."""
+    notes = ["as ...: what A would be; GDPO is standardised over the round, by TRL over responses, by verl over tokens"]
+    if any(math.isnan(response.prm) for response in explained.responses):
+        notes.append(
+            "no process score: missing to papo and TRL, 0 to verl; to mult and fullnorm 0 if the response is wrong"
+        )
+    if explained.token_level:
+        notes.append("advantages are by token: A_out, A_proc and A are means over the tokens of a response")
+    return notes
+
+
+def reason_lines(responses: list[Response]) -> list[str]:
+    """What the judge said about each response, and which ones it was not asked about."""
+    asked = [response for response in responses if response.prm_status != "not_asked"]
+    lines = _numbered(asked, [response.reason.strip() or "no reason given" for response in asked])
+    unasked = [str(response.sample_index) for response in responses if response.prm_status == "not_asked"]
+    return [*lines, f"not asked about {', '.join(unasked)}"] if unasked else lines
+
+
 def time_rows(summary: Summary) -> list[dict[str, str]]:
     """Seconds by stage; what is left of the wall time is overhead."""
     total = summary.total_seconds
@@ -171,6 +267,46 @@ def time_rows(summary: Summary) -> list[dict[str, str]]:
         *rows,
         {"stage": "not policy, verifier or judge", "seconds": f"{share * total:.1f}", "share": f"{share:.1%}"},
     ]
+
+
+def _fitted(out: Console, rows: list[dict[str, str]]) -> Table:
+    """A table of text that is no markup; where there is no terminal, the output becomes as wide as it needs."""
+    table = _table([{name: escape(value) for name, value in row.items()} for row in rows])
+    if not out.is_terminal:
+        out.width = max(out.width, out.measure(table, options=out.options.update(width=1000)).maximum)
+    return table
+
+
+def _section(out: Console, title: str, paragraphs: list[str]) -> None:
+    """A title and paragraphs below it, wrapped to the console, the lines of each below its first set in."""
+    if title:
+        out.print(title, style="bold", highlight=False, markup=False)
+    for paragraph in paragraphs:
+        for line in _printable(paragraph).splitlines() or [""]:
+            wrapped = textwrap.fill(line, out.width, initial_indent="  ", subsequent_indent="      ")
+            out.print(wrapped, highlight=False, markup=False)
+
+
+def _numbered(responses: list[Response], lines: list[str]) -> list[str]:
+    return [f"{response.sample_index:>2}  {line}" for response, line in zip(responses, lines, strict=True)]
+
+
+def _printable(text: str) -> str:
+    """Without what would steer the terminal: a response may hold anything."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+
+
+def _shortened(text: str, limit: int = 24) -> str:
+    plain = _printable(text).replace("\n", " ")
+    return plain if len(plain) <= limit else f"{plain[: limit - 3]}..."
+
+
+def _score(value: float, status: str) -> str:
+    return status if math.isnan(value) else f"{value:.3g}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}" if abs(value) > 1e-9 else "0"
 
 
 def _output() -> Console:

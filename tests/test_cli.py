@@ -16,10 +16,14 @@ import yaml
 from checkout import HEAVY
 
 from papo.cli import STAGE_HELP, main
+from papo.core.advantages import VARIANTS
 from papo.pipeline import ROUND_STAGES, STAGES
+from papo.schemas import ROLLOUTS
 from papo.store.files import digest
 from papo.store.layout import Workspace
 from papo.store.lock import exclusive
+from papo.store.manifest import Manifest
+from papo.store.tables import read_columns
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -52,6 +56,12 @@ BAD = {
     "dvc.yaml is old": (["dvc", "--check"], "dvc.yaml is not what params.yaml asks for"),
     "workspace is a file": (["prepare", "--workspace", "params.yaml"], "where: params.yaml"),
     "no git": (["run"], "not a git checkout"),
+    "unknown variant": (["advantage", "--round", "0", "--variant", "ppo"], "unknown variant 'ppo'"),
+    "all variants at once": (["advantage", "--round", "0", "--variant", "all"], "all needs --compare"),
+    "unknown variant to compare": (["advantage", "--variant", "ppo", "--compare"], "choose one of orm, prm, mult"),
+    "capo from scores": (["advantage", "--variant", "capo", "--compare"], "capo cannot be computed anew from scores"),
+    "nothing to compare": (["advantage", "--compare"], "no round has advantages yet"),
+    "nothing to explain": (["explain", "abcd"], "no round has advantages yet"),
 }
 
 
@@ -219,6 +229,60 @@ def test_a_truncated_table_is_named_and_made_again(
     assert "changed after" in capsys.readouterr().err
     assert tree(started_checkout)[table] == before[table]
     assert main(reader) == 0
+
+
+@pytest.fixture
+def scored_checkout(started_checkout: Path) -> Path:
+    for command in ("score-orm", "score-prm", "advantage"):
+        assert main([command, "--round", "0"]) == 0
+    return started_checkout
+
+
+def test_compare_shows_every_variant_and_writes_nothing(
+    scored_checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(scored_checkout)
+    assert main(["advantage", "--round", "0", "--compare"]) == 0
+    shown = capsys.readouterr().out
+    for variant in VARIANTS:
+        assert re.search(rf"│ +0 │ papo +│ {variant} +│ +16 │", shown), variant
+    assert "computed with lam=1 " in shown
+    assert main(["advantage", "--variant", "mult", "--compare", "--set", "advantage.lam=0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"│ +0 │ papo lam=1 +│ mult +│", shown)
+    assert "fullnorm" not in shown
+    assert tree(scored_checkout) == before
+    assert main(["advantage", "--variant", "convex", "--compare", "--set", "advantage.lam=2"]) == 2
+    assert "convex needs 0 <= lam <= 1" in capsys.readouterr().err
+
+
+def test_variant_is_short_for_set(scored_checkout: Path) -> None:
+    assert main(["advantage", "--round", "0", "--variant", "mult"]) == 0
+    short = tree(scored_checkout)["artifacts/rounds/0/advantages.parquet"]
+    manifest = Manifest.read(Workspace(Path()).table(0, "advantages"))
+    assert manifest.params["variant"] == "mult"
+    assert main(["advantage", "--round", "0"]) == 0
+    assert main(["advantage", "--round", "0", "--set", "advantage.variant=mult"]) == 0
+    assert tree(scored_checkout)["artifacts/rounds/0/advantages.parquet"] == short
+
+
+def test_explain_shows_scores_reasons_and_texts(scored_checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rollouts = read_columns(Workspace(Path()).table(0, "rollouts"), ROLLOUTS, "problem_id", "prompt", "completion")
+    problem, prompt = rollouts[0]["problem_id"], rollouts[0]["prompt"]
+    assert main(["explain", problem[:8]]) == 0
+    shown = capsys.readouterr().out
+    assert f"Problem {problem}, round 0" in shown
+    assert prompt.strip() in shown
+    assert "variant=papo lam=1 scale=std eps=1e-06 guard=none" in shown
+    assert "8 responses: " in shown
+    assert not re.search(r"\.\.\.  |…", shown)  # wide enough for every cell
+    assert "Response 0" not in shown
+    assert main(["explain", problem, "--round", "0", "--text"]) == 0
+    with_text = capsys.readouterr().out
+    assert with_text.startswith(shown)
+    assert with_text.count("\nResponse ") == 8
+    assert main(["explain", "ffff", "--round", "0"]) == 2
+    assert "no problem of round 0 begins with ffff" in capsys.readouterr().err
 
 
 # Interrupted: a real process, a real SIGINT, the real engines.

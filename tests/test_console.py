@@ -13,12 +13,17 @@ from papo.console import (
     configure_logging,
     course_rows,
     make_context,
+    reason_lines,
+    response_rows,
     show_alarms,
+    show_explained,
     show_summary,
     time_rows,
     warn,
 )
 from papo.core.alarms import Alarm
+from papo.core.explain import Settings, Why
+from papo.inspection import Explained, Response
 from papo.session import Summary
 
 
@@ -112,6 +117,74 @@ def test_alarms_are_shown_as_they_began_and_as_they_are(capsys: pytest.CaptureFi
 def test_the_summary_of_a_run_that_had_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     show_summary(summary(evaluation={}, first={}, last={}, seconds={}, ran=0))
     assert "0 steps ran" in capsys.readouterr().out
+
+
+def response(**change: Any) -> Response:
+    facts: dict[str, Any] = {
+        "sample_index": 0, "orm": 1.0, "orm_status": "ok", "extracted": "6", "prm": 0.5, "prm_status": "ok", "reason": "a gap",
+        "outcome": 0.54, "process": -1.55, "advantage": -1.01, "peers": {"orm": 0.54, "GDPO, TRL": 1e-12}, "tokens": 16,
+        "text": "2+4=6",
+    }  # fmt: skip
+    return Response(**facts | change)
+
+
+def explained(*responses: Response, **change: Any) -> Explained:
+    facts: dict[str, Any] = {
+        "problem_id": "0123456789abcdef", "round": 3, "other_rounds": [1, 2], "prompt": "[red]2+4[/red]=?", "answer": "6",
+        "judge": "fake", "settings": Settings("papo", 1.0, "std", 1e-6, "none"), "token_level": False,
+        "responses": list(responses), "why": Why([f"because {r.sample_index}" for r in responses], ["they are few"]),
+    }  # fmt: skip
+    return Explained(**facts | change)
+
+
+def test_a_row_a_response_with_the_status_where_a_score_is_missing() -> None:
+    (row,) = response_rows([response()])
+    assert row == {
+        "sample": "0", "outcome": "1", "extracted": "6", "process": "0.5", "tokens": "16", "A_out": "+0.54", "A_proc": "-1.55",
+        "A": "-1.01", "as orm": "+0.54", "as GDPO, TRL": "0",
+    }  # fmt: skip
+    nan = float("nan")
+    (row,) = response_rows([response(orm=nan, orm_status="timeout", prm=nan, prm_status="refused", extracted=None)])
+    assert (row["outcome"], row["process"], row["extracted"]) == ("timeout", "refused", "-")
+    (row,) = response_rows([response(extracted="1" * 30 + "\n")])
+    assert row["extracted"] == "1" * 21 + "..."
+
+
+def test_reasons_by_response_and_who_was_not_asked_about() -> None:
+    responses = [
+        response(),
+        response(sample_index=1, prm_status="not_asked", reason="the variant does not use this score"),
+        response(sample_index=12, prm_status="timeout", reason=" "),
+    ]
+    assert reason_lines(responses) == [" 0  a gap", "12  no reason given", "not asked about 1"]
+    assert reason_lines(responses[:1]) == [" 0  a gap"]
+
+
+def test_an_explanation_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "word " * 60
+    hostile = response(extracted="[bold]6", reason=long, text="2+4=6\n\x1b[2Jgone")
+    show_explained(explained(hostile, token_level=True), text=True)
+    shown = capsys.readouterr().out
+    assert shown.startswith("Problem 0123456789abcdef, round 3 (also in round 1, 2)\n  [red]2+4[/red]=?\n")
+    assert "[bold]6" in shown
+    assert "variant=papo lam=1 scale=std eps=1e-06 guard=none" in shown
+    assert "Why\n  they are few\n   0  because 0\n" in shown
+    assert "means over the tokens" in shown
+    assert shown.endswith("Response 0\n  2+4=6\n   [2Jgone\n")
+    assert max(map(len, shown.splitlines())) <= 120
+    assert shown.count("word") == 60
+    show_explained(explained(response(), other_rounds=[]))
+    shown = capsys.readouterr().out
+    assert shown.startswith("Problem 0123456789abcdef, round 3\n")
+    assert "Response 0" not in shown
+    assert "means over the tokens" not in shown
+
+
+def test_the_output_is_as_wide_as_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    peers = {f"a peer with a long name {n}": -1.0 for n in range(8)}
+    show_explained(explained(response(peers=peers)))
+    shown = capsys.readouterr().out
+    assert all(f"as {name}" in shown for name in peers)
 
 
 def test_without_a_terminal_a_line_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,392 @@
+"""What the stored scores of a round say beyond its advantages: other variants from the same scores, and one problem in every detail.
+
+Reads tables and writes none; no model, verifier or judge is asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, get_args
+
+import numpy as np
+
+from papo.core.advantages import VARIANTS, compute_advantages, count_inversions, process_needed
+from papo.core.compare import Comparison, compare
+from papo.core.explain import Group, Settings, Why, explain
+from papo.core.groups import BoolArray, FloatArray
+from papo.core.peers import trl_gdpo, verl_gdpo
+from papo.errors import DataError, MissingInputError, ParamsError, UserError
+from papo.params import AdvantageParams, Variant
+from papo.schemas import ADVANTAGES, ORM, PRM, ROLLOUTS
+from papo.stages.rows import check_aligned, of_problems
+from papo.store.layout import Workspace
+from papo.store.manifest import Manifest
+from papo.store.tables import read_columns, read_rows
+
+STORED = 1e-6
+"""Relative distance below which advantages stored as float32 are one value."""
+
+# What `explain` shows beside the stored advantage.
+PEER_VARIANTS = ("orm", "mult", "fullnorm")
+
+
+@dataclass(frozen=True)
+class ScoredRound:
+    """The scores and advantages of a round, one row a response, and how the advantages were computed."""
+
+    number: int
+    orm: list[dict[str, Any]]
+    prm: list[dict[str, Any]]
+    advantages: list[dict[str, Any]]
+    settings: Settings
+
+    @cached_property
+    def problem_ids(self) -> list[str]:
+        return [row["problem_id"] for row in self.orm]
+
+    @cached_property
+    def outcomes(self) -> FloatArray:
+        return _column(self.orm, "orm_score")
+
+    @cached_property
+    def processes(self) -> FloatArray:
+        return _column(self.prm, "prm_score")
+
+    def advantage(self, name: str) -> FloatArray:
+        """A column of the advantages; `advantage` is the mean over the tokens where they have their own."""
+        stored = _column(self.advantages, name)
+        if name == "advantage":
+            for at, row in enumerate(self.advantages):
+                if row["token_advantages"]:
+                    stored[at] = np.mean(row["token_advantages"])
+        return stored
+
+
+@dataclass(frozen=True)
+class Rederived:
+    """A variant computed anew from the scores of a round, against the stored advantages; counts are of responses.
+
+    `missing` ones lack a process score that the variant would ask for, `not_asked` of them because the judge was not asked.
+    """
+
+    round: int
+    stored: str
+    variant: str
+    changes: Comparison
+    zero_share: float
+    inversions: int
+    missing: int
+    not_asked: int
+
+
+@dataclass(frozen=True)
+class Rederivation:
+    """Every variant of every round that was asked for, and remarks on how to read them."""
+
+    rows: list[Rederived]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response with its scores (NaN: missing, the status says why), and what others would have made of them."""
+
+    sample_index: int
+    orm: float
+    orm_status: str
+    extracted: str | None
+    prm: float
+    prm_status: str
+    reason: str
+    outcome: float
+    process: float
+    advantage: float
+    peers: dict[str, float]
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A problem in one round, and why its responses were pushed where they were."""
+
+    problem_id: str
+    round: int
+    other_rounds: list[int]
+    prompt: str
+    answer: str
+    judge: str
+    settings: Settings
+    token_level: bool
+    responses: list[Response]
+    why: Why
+
+
+def stored_rounds(workspace: Workspace) -> list[int]:
+    """Rounds that have advantages, in order.
+
+    Raises:
+        MissingInputError: there is none.
+    """
+    found = workspace.round(0).parent.glob("*/advantages.parquet")
+    rounds = sorted(int(path.parent.name) for path in found if path.parent.name.isdecimal())
+    if not rounds:
+        raise MissingInputError(
+            "no round has advantages yet",
+            where=str(workspace.round(0).parent),
+            fix="run `papo run`, or `papo advantage --round 0`",
+        )
+    return rounds
+
+
+def read_round(workspace: Workspace, number: int) -> ScoredRound:
+    """The scores and advantages of a round.
+
+    Raises:
+        MissingInputError, DataError: a table is absent, damaged, or has other rows than the verdicts have.
+    """
+    orm_path, prm_path, advantages_path = (workspace.table(number, name) for name in ("orm", "prm", "advantages"))
+    if not advantages_path.is_file():
+        raise MissingInputError(
+            f"round {number} has no advantages",
+            where=str(advantages_path),
+            fix=f"run `papo advantage --round {number}`",
+        )
+    orm, prm, advantages = (
+        read_rows(path, table) for path, table in ((orm_path, ORM), (prm_path, PRM), (advantages_path, ADVANTAGES))
+    )
+    check_aligned(orm, prm, prm_path)
+    check_aligned(orm, advantages, advantages_path)
+    params = Manifest.read(advantages_path).params
+    return ScoredRound(number, orm, prm, advantages, Settings(**{name: params[name] for name in Settings._fields}))
+
+
+# ---- other variants from the same scores ----
+
+
+def check_variant(variant: str, *, comparing: bool) -> None:
+    """Refuses a name that `--variant` does not take.
+
+    Raises:
+        ParamsError: naming those that it takes.
+    """
+    if comparing and variant == "capo":
+        raise ParamsError(
+            "capo cannot be computed anew from scores: it gives an advantage a token and needs the judge's critique of each step",
+            where="--variant capo --compare",
+            fix="run it as stages: papo score-prm and papo advantage with --set advantage.variant=capo",
+        )
+    known = (*VARIANTS, "all") if comparing else get_args(Variant)
+    if variant not in known:
+        hint = "; all needs --compare" if variant == "all" else ""
+        raise ParamsError(
+            f"unknown variant {variant!r}{hint}", where="--variant", fix=f"choose one of {', '.join(known)}"
+        )
+
+
+def rederive(
+    params: AdvantageParams, workspace: Workspace, *, variant: str = "all", round_: int | None = None
+) -> Rederivation:
+    """One variant, or all, of one round, or all, from the stored scores, with lam, scale, eps and guard of `params`.
+
+    Raises:
+        ParamsError: an unknown variant, or one that lam is out of bounds for.
+        MissingInputError, DataError: tables are absent or damaged.
+    """
+    check_variant(variant, comparing=True)
+    wanted = [variant] if variant != "all" else [name for name in VARIANTS if name != "convex" or params.lam <= 1.0]
+    rows, missing, not_asked = [], 0, 0
+    for number in stored_rounds(workspace) if round_ is None else [round_]:
+        scored = read_round(workspace, number)
+        without = np.isnan(scored.processes)
+        unasked = np.array([row["status"] == "not_asked" for row in scored.prm], dtype=np.bool_)
+        lacking = {name: without & process_needed(name, scored.outcomes, scored.problem_ids) for name in wanted}
+        rows += [_rederived(params, scored, name, lacking[name], unasked) for name in wanted]
+        by_any = np.logical_or.reduce(list(lacking.values()))
+        missing += int(by_any.sum())
+        not_asked += int((by_any & unasked).sum())
+    return Rederivation(rows, _notes(params, wanted, variant, missing, not_asked))
+
+
+def _rederived(
+    params: AdvantageParams, scored: ScoredRound, variant: str, lacking: BoolArray, unasked: BoolArray
+) -> Rederived:
+    ids = scored.problem_ids
+    total = compute_advantages(
+        scored.outcomes, scored.processes, ids,
+        variant=variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=_guard(params, variant),
+    ).total.astype(np.float32)  # fmt: skip
+    return Rederived(
+        round=scored.number,
+        stored=_described(scored.settings, params),
+        variant=variant,
+        changes=compare(scored.advantage("advantage"), total, ids, tolerance=STORED),
+        zero_share=float(np.mean(total == 0.0)),
+        inversions=count_inversions(total, scored.outcomes, ids),
+        missing=int(lacking.sum()),
+        not_asked=int((lacking & unasked).sum()),
+    )
+
+
+def _guard(params: AdvantageParams, variant: str) -> str:
+    return "none" if variant in ("prm", "mult") else params.guard
+
+
+def _described(stored: Settings, params: AdvantageParams) -> str:
+    """The stored variant, and what else of its settings is not what is compared with it."""
+    other = [name for name in ("lam", "scale", "eps", "guard") if getattr(stored, name) != getattr(params, name)]
+    return f"{stored.variant} {stored.words(*other)}" if other else stored.variant
+
+
+def _notes(params: AdvantageParams, variants: Sequence[str], asked: str, missing: int, not_asked: int) -> list[str]:
+    used = Settings(**{name: getattr(params, name) for name in Settings._fields})
+    notes = [f"computed with {used.words('lam', 'scale', 'eps', 'guard')}"]
+    unguarded = [name for name in variants if _guard(params, name) != params.guard]
+    if unguarded:
+        notes.append(f"{' and '.join(unguarded)}: without the guard, as there is no outcome advantage to rank by")
+    if asked == "all" and "convex" not in variants:
+        notes.append(f"convex is left out: it needs lam between 0 and 1, and lam is {params.lam:g}")
+    if missing:
+        notes.append(
+            f"responses without a process score that a variant above asks for: {missing} ({not_asked} because the judge was not "
+            f"asked, {missing - not_asked} because it failed); in that variant they count as missing, never as 0"
+        )
+    return notes
+
+
+# ---- one problem ----
+
+
+def explain_problem(workspace: Workspace, prefix: str, *, round_: int | None = None) -> Explained:
+    """Everything about the problem whose id begins with `prefix`, in round `round_` or the last that has it.
+
+    Raises:
+        UserError: no prefix of an id.
+        DataError: no problem, or more than one, begins with it.
+        MissingInputError: tables are absent.
+    """
+    known = _ids_by_round(workspace, round_)
+    problem = _resolve(prefix, known, round_)
+    rounds = [number for number, ids in known.items() if problem in ids]
+    number = rounds[-1] if round_ is None else round_
+    scored = read_round(workspace, number)
+    path = workspace.table(number, "rollouts")
+    rollouts = read_columns(path, ROLLOUTS, "problem_id", "sample_index", "prompt", "completion", "completion_ids")
+    check_aligned(rollouts, scored.orm, workspace.table(number, "orm"))
+    rows = [at for at, name in enumerate(scored.problem_ids) if name == problem]
+    return Explained(
+        problem_id=problem,
+        round=number,
+        other_rounds=[other for other in rounds if other != number],
+        prompt=rollouts[rows[0]]["prompt"],
+        answer=of_problems(workspace.train_problems, "answer", {problem})[problem],
+        judge=", ".join(dict.fromkeys(scored.prm[rows[0]][name] for name in ("judge", "rubric"))),
+        settings=scored.settings,
+        token_level=any(scored.advantages[at]["token_advantages"] for at in rows),
+        responses=_responses(scored, rollouts, rows),
+        why=explain(_group(scored, rows), scored.settings),
+    )
+
+
+def _responses(scored: ScoredRound, rollouts: list[dict[str, Any]], rows: list[int]) -> list[Response]:
+    lengths = [len(row["completion_ids"]) for row in rollouts]
+    peers = _peers(scored, lengths)
+    orm, prm = scored.outcomes, scored.processes
+    parts = [scored.advantage(name) for name in ("outcome_advantage", "process_advantage", "advantage")]
+    return [
+        Response(
+            sample_index=scored.orm[at]["sample_index"],
+            orm=float(orm[at]),
+            orm_status=scored.orm[at]["status"],
+            extracted=scored.orm[at]["extracted"],
+            prm=float(prm[at]),
+            prm_status=scored.prm[at]["status"],
+            reason=scored.prm[at]["reason"],
+            outcome=float(parts[0][at]),
+            process=float(parts[1][at]),
+            advantage=float(parts[2][at]),
+            peers={name: float(values[at]) for name, values in peers.items()},
+            tokens=lengths[at],
+            text=rollouts[at]["completion"],
+        )
+        for at in rows
+    ]
+
+
+def _peers(scored: ScoredRound, lengths: Sequence[int]) -> dict[str, FloatArray]:
+    """What the variants of PEER_VARIANTS and two libraries make of the whole round, with the stored settings and no guard."""
+    settings, ids = scored.settings, scored.problem_ids
+    orm, prm = scored.outcomes, scored.processes
+    peers = {
+        name: compute_advantages(
+            orm, prm, ids, variant=name, lam=settings.lam, scale=settings.scale, eps=settings.eps
+        ).total
+        for name in PEER_VARIANTS
+    }  # fmt: skip
+    return peers | {
+        "GDPO, TRL": trl_gdpo(orm, prm, ids, lam=settings.lam),
+        "GDPO, verl": verl_gdpo(orm, prm, ids, lengths, lam=settings.lam),
+    }
+
+
+def _group(scored: ScoredRound, rows: list[int]) -> Group:
+    return Group(
+        orm=scored.outcomes[rows],
+        prm=scored.processes[rows],
+        outcome=scored.advantage("outcome_advantage")[rows],
+        process=scored.advantage("process_advantage")[rows],
+        total=scored.advantage("advantage")[rows],
+        orm_statuses=[scored.orm[at]["status"] for at in rows],
+        prm_statuses=[scored.prm[at]["status"] for at in rows],
+    )
+
+
+def _ids_by_round(workspace: Workspace, round_: int | None) -> dict[int, set[str]]:
+    """Round -> ids of its problems; `round_` is there even if it has no advantages, so that reading it says so."""
+    rounds = stored_rounds(workspace)
+    if round_ is not None and round_ not in rounds:
+        read_round(workspace, round_)
+    return {
+        number: {row["problem_id"] for row in read_columns(workspace.table(number, "orm"), ORM, "problem_id")}
+        for number in rounds
+    }
+
+
+def _resolve(prefix: str, known: dict[int, set[str]], round_: int | None) -> str:
+    """The one id that begins with `prefix`, in the round named or in any."""
+    wanted = prefix.lower()
+    if not re.fullmatch(r"[0-9a-f]{4,16}", wanted):
+        raise UserError(
+            f"{prefix!r} is no problem_id", where="PROBLEM_ID", fix="give 4 to 16 of its hex digits, from the first on"
+        )
+    where = defaultdict(list)
+    for number, ids in known.items():
+        for name in ids:
+            if name.startswith(wanted):
+                where[name].append(number)
+    here = sorted(name for name, numbers in where.items() if round_ is None or round_ in numbers)
+    if len(here) == 1:
+        return here[0]
+    named = "" if round_ is None else f" of round {round_}"
+    if here:
+        listed = ", ".join(f"{name} (round {_few(where[name])})" for name in here[:4])
+        raise DataError(
+            f"{len(here)} problems{named} begin with {wanted}", where="PROBLEM_ID", fix=f"give more digits: {listed}"
+        )
+    elsewhere = "; ".join(f"{name} is in round {_few(numbers)}" for name, numbers in sorted(where.items())[:4])
+    shown = list(known.items())[:3] if round_ is None else [(round_, known[round_])]
+    hint = "; ".join(f"round {number} has {_few(sorted(ids))}" for number, ids in shown)
+    raise DataError(f"no problem{named} begins with {wanted}", where="PROBLEM_ID", fix=elsewhere or hint)
+
+
+def _few(items: Iterable[object], most: int = 3) -> str:
+    shown = [str(item) for item in items]
+    return ", ".join(shown[:most]) + (f", ... ({len(shown)})" if len(shown) > most else "")
+
+
+def _column(rows: Sequence[dict[str, Any]], name: str) -> FloatArray:
+    return np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=np.float64)
