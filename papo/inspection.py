@@ -19,9 +19,11 @@ from papo.core.compare import Comparison, compare
 from papo.core.explain import Group, Settings, Why, explain
 from papo.core.groups import BoolArray, FloatArray
 from papo.core.peers import trl_gdpo, verl_gdpo
+from papo.engines.tokenizer import TokenizerAligner
 from papo.errors import DataError, MissingInputError, ParamsError, UserError
 from papo.params import AdvantageParams, Variant
 from papo.schemas import ADVANTAGES, ORM, PRM, ROLLOUTS
+from papo.stages.advantage import by_tokens
 from papo.stages.rows import check_aligned, of_problems
 from papo.store.layout import Workspace
 from papo.store.manifest import Manifest
@@ -174,13 +176,7 @@ def check_variant(variant: str, *, comparing: bool) -> None:
     Raises:
         ParamsError: naming those that it takes.
     """
-    if comparing and variant == "capo":
-        raise ParamsError(
-            "capo cannot be computed anew from scores: it gives an advantage a token and needs the judge's critique of each step",
-            where="--variant capo --compare",
-            fix="run it as stages: papo score-prm and papo advantage with --set advantage.variant=capo",
-        )
-    known = (*VARIANTS, "all") if comparing else get_args(Variant)
+    known = (*get_args(Variant), "all") if comparing else get_args(Variant)
     if variant not in known:
         hint = "; all needs --compare" if variant == "all" else ""
         raise ParamsError(
@@ -193,9 +189,11 @@ def rederive(
 ) -> Rederivation:
     """One variant, or all, of one round, or all, from the stored scores, with lam, scale, eps and guard of `params`.
 
+    `capo` is not one of all: it needs the wrong steps by a judge that names them, and is compared by the means over tokens.
+
     Raises:
         ParamsError: an unknown variant, or one that lam is out of bounds for.
-        MissingInputError, DataError: tables are absent or damaged.
+        MissingInputError, DataError: tables are absent or damaged; for `capo`, the judge named no wrong steps.
     """
     check_variant(variant, comparing=True)
     wanted = [variant] if variant != "all" else [name for name in VARIANTS if name != "convex" or params.lam <= 1.0]
@@ -205,21 +203,37 @@ def rederive(
         without = np.isnan(scored.processes)
         unasked = np.array([row["status"] == "not_asked" for row in scored.prm], dtype=np.bool_)
         lacking = {name: without & process_needed(name, scored.outcomes, scored.problem_ids) for name in wanted}
-        rows += [_rederived(params, scored, name, lacking[name], unasked) for name in wanted]
+        totals = {name: _total(params, workspace, scored, name) for name in wanted}
+        rows += [_rederived(params, scored, name, totals[name], lacking[name], unasked) for name in wanted]
         by_any = np.logical_or.reduce(list(lacking.values()))
         missing += int(by_any.sum())
         not_asked += int((by_any & unasked).sum())
     return Rederivation(rows, _notes(params, wanted, variant, missing, not_asked))
 
 
+def _total(params: AdvantageParams, workspace: Workspace, scored: ScoredRound, variant: str) -> FloatArray:
+    """(N,) advantages; in `capo` means over the tokens."""
+    if variant != "capo":
+        return compute_advantages(
+            scored.outcomes, scored.processes, scored.problem_ids,
+            variant=variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=_guard(params, variant),
+        ).total  # fmt: skip
+    path = workspace.table(scored.number, "rollouts")
+    rollouts = read_columns(path, ROLLOUTS, "problem_id", "sample_index", "completion", "completion_ids")
+    check_aligned(rollouts, scored.orm, workspace.table(scored.number, "orm"))
+    aligner = TokenizerAligner(workspace.warmstart / "tokenizer.json")
+    return by_tokens(params, rollouts, scored.orm, scored.prm, workspace.table(scored.number, "prm"), aligner).total
+
+
 def _rederived(
-    params: AdvantageParams, scored: ScoredRound, variant: str, lacking: BoolArray, unasked: BoolArray
+    params: AdvantageParams,
+    scored: ScoredRound,
+    variant: str,
+    total: FloatArray,
+    lacking: BoolArray,
+    unasked: BoolArray,
 ) -> Rederived:
-    ids = scored.problem_ids
-    total = compute_advantages(
-        scored.outcomes, scored.processes, ids,
-        variant=variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=_guard(params, variant),
-    ).total.astype(np.float32)  # fmt: skip
+    ids, total = scored.problem_ids, total.astype(np.float32)
     return Rederived(
         round=scored.number,
         stored=_described(scored.settings, params),
@@ -233,7 +247,7 @@ def _rederived(
 
 
 def _guard(params: AdvantageParams, variant: str) -> str:
-    return "none" if variant in ("prm", "mult") else params.guard
+    return "none" if variant in ("prm", "mult", "capo") else params.guard
 
 
 def _described(stored: Settings, params: AdvantageParams) -> str:

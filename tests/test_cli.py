@@ -59,7 +59,6 @@ BAD = {
     "unknown variant": (["advantage", "--round", "0", "--variant", "ppo"], "unknown variant 'ppo'"),
     "all variants at once": (["advantage", "--round", "0", "--variant", "all"], "all needs --compare"),
     "unknown variant to compare": (["advantage", "--variant", "ppo", "--compare"], "choose one of orm, prm, mult"),
-    "capo from scores": (["advantage", "--variant", "capo", "--compare"], "capo cannot be computed anew from scores"),
     "nothing to compare": (["advantage", "--compare"], "no round has advantages yet"),
     "nothing to explain": (["explain", "abcd"], "no round has advantages yet"),
 }

@@ -131,7 +131,6 @@ def test_nothing_is_written(workspace: Workspace, make_round: Any) -> None:
 @pytest.mark.parametrize(
     ("variant", "comparing", "message"),
     [
-        ("capo", True, "capo cannot be computed anew from scores"),
         ("ppo", True, "unknown variant 'ppo'"),
         ("ppo", False, "unknown variant 'ppo'"),
         ("all", False, "unknown variant 'all'; all needs --compare"),
@@ -145,6 +144,13 @@ def test_a_variant_that_is_none(workspace: Workspace, variant: str, comparing: b
     if comparing:
         with pytest.raises(ParamsError):
             rederive(AdvantageParams(), workspace, variant=variant)
+
+
+def test_capo_needs_a_judge_that_names_wrong_steps(workspace: Workspace, make_round: Any) -> None:
+    make_round()
+    with pytest.raises(DataError, match="the judge names no wrong steps") as caught:
+        rederive(AdvantageParams(), workspace, variant="capo")
+    assert str(workspace.table(0, "prm")) in str(caught.value)
 
 
 def test_convex_with_lam_above_1_is_refused(workspace: Workspace, make_round: Any) -> None:

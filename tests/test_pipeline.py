@@ -12,6 +12,7 @@ import pytest
 from papo.core.steps import operations, parse_problem
 from papo.engines.tokenizer import build_tokenizer
 from papo.errors import MissingInputError, ParamsError
+from papo.inspection import rederive
 from papo.params import load_params
 from papo.pipeline import CODE, ROUND_STAGES, STAGES, Step, run_step, steps
 from papo.schemas import ADVANTAGES, PRM, ROLLOUTS
@@ -141,6 +142,10 @@ def test_capo_from_the_judge_to_the_policy(started_checkout: Path) -> None:
             assert judged["wrong_steps"] == (None if found["sample_index"] else [0.0] * len(judged["wrong_steps"]))
             assert len(set(tokens)) == 1
             assert (tokens[0] > 0) == (found["sample_index"] == 0)
+
+    (again,) = rederive(params.advantage, here, variant="capo", round_=0).rows
+    assert (again.stored, again.changes.sign_changed, again.changes.rank_changed) == ("capo", 0, 0)
+    assert rederive(params.advantage, here, variant="orm", round_=0).rows[0].changes.rank_changed > 0
 
 
 def test_capo_needs_the_tokenizer_of_the_policy(tiny_copy: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from papo.core.advantages import Advantages, compute_advantages
-from papo.core.credit import split_steps, token_advantages, token_steps
+from papo.core.credit import TokenAdvantages, split_steps, token_advantages, token_steps
 from papo.core.groups import FloatArray
 from papo.core.signals import round_signals, verification_flags
 from papo.engines.protocols import Aligner
@@ -65,13 +65,9 @@ def run(
     check_aligned(rollouts, prm, inputs.prm)
     groups = [row["problem_id"] for row in rollouts]
     outcomes, process = _scores(orm, "orm_score"), _scores(prm, "prm_score")
-    lengths = np.array([len(row["completion_ids"]) for row in rollouts])
     tokens: Sequence[list[float] | None] = [None] * len(rollouts)
     if params.variant == "capo":
-        by_token = token_advantages(
-            outcomes, _debits(rollouts, prm, inputs.prm, engine), lengths, groups,
-            w_whole=params.w_whole, w_proc=params.w_proc, scale=params.scale, eps=params.eps,
-        )  # fmt: skip
+        by_token = by_tokens(params, rollouts, orm, prm, inputs.prm, engine)
         advantages, tokens = Advantages(*by_token[:3]), [values.tolist() for values in by_token.tokens]
     else:
         advantages = compute_advantages(
@@ -98,7 +94,7 @@ def run(
         prm_scores=process,
         group_ids=groups,
         advantages=advantages,
-        completion_lengths=lengths,
+        completion_lengths=np.array([len(row["completion_ids"]) for row in rollouts]),
         truncated=np.array([row["finish_reason"] == "length" for row in rollouts]),
         prm_statuses=[row["status"] for row in prm],
         verification=verification_flags([row["completion"] for row in rollouts]),
@@ -107,6 +103,26 @@ def run(
         eps=params.eps,
     )
     return task.finish(rows=len(rows), metrics=signals, versions=engine.versions() if engine else None)
+
+
+def by_tokens(
+    params: AdvantageParams, rollouts: Rows, orm: Rows, prm: Rows, path: Path, engine: Aligner | None
+) -> TokenAdvantages:
+    """The advantages of `capo` from the rows of three tables; `path` is that of `prm`.
+
+    Raises:
+        DataError, ParamsError: as `run`.
+    """
+    return token_advantages(
+        _scores(orm, "orm_score"),
+        _debits(rollouts, prm, path, engine),
+        np.array([len(row["completion_ids"]) for row in rollouts]),
+        [row["problem_id"] for row in rollouts],
+        w_whole=params.w_whole,
+        w_proc=params.w_proc,
+        scale=params.scale,
+        eps=params.eps,
+    )
 
 
 def _debits(rollouts: Rows, prm: Rows, path: Path, engine: Aligner | None) -> list[FloatArray | None]:
