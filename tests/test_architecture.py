@@ -58,6 +58,8 @@ def floor(name: str) -> int:
 
 @pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
 def test_a_module_imports_only_from_below(name: str, path: Path) -> None:
+    if name == "papo":
+        return  # offers the names of `__all__`, from wherever they are, when they are asked for
     for imported in imports(path):
         assert floor(imported) <= floor(name), f"{name} imports {imported}, which is above it"
         room = name.split(".")[1] if "." in name else ""
@@ -73,7 +75,7 @@ def test_nothing_in_the_package_imports_the_flows() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["papo.params", "papo.schemas", "papo.core", "papo.cli", "papo.pipeline", "papo.core.advantages"]
+    "module", ["papo", "papo.params", "papo.schemas", "papo.core", "papo.cli", "papo.pipeline", "papo.core.advantages"]
 )
 def test_the_base_imports_without_heavy_libraries(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {sorted(HEAVY)!r} if name in sys.modules])"
@@ -104,7 +106,7 @@ ENGINES = {
     "rollout": ["papo.engines.samplers"],
     "score_orm": ["papo.engines.verifiers"],
     "score_prm": ["papo.engines.judges"],
-    "advantage": [],
+    "advantage": ["papo.engines.tokenizer"],
     "train": ["papo.engines.trainer"],
     "evaluate": ["papo.engines.samplers", "papo.engines.verifiers"],
     "report": [],
