@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from papo.store.tables import write_rows
 ROOT = Path(__file__).parents[1]
 
 quiet_environment()
+# A shell that runs the tests in the background has them, and all that they start, ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A pipeline of seconds: the engines are the real ones, the policy learns nothing.
 TINY = {
