@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,8 +25,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def client(server: str) -> SyncPrefectClient:
-    return get_client(sync_client=True)
+def client(server: str) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,15 @@ def test_artifacts_show_progress_and_result(client: SyncPrefectClient, first: St
 def test_a_second_run_finds_everything_done(first: State[Summary]) -> None:
     again = train_eval(dvc=False)
     assert (again.ran, again.skipped) == (0, len(STAGES))
+
+
+def test_alarms_are_an_artifact_and_in_the_result(client: SyncPrefectClient, first: State[Summary]) -> None:
+    """Limits under which every round is exhausted; only the report is made again."""
+    limits = ("alarms.exhausted_share=0", "alarms.patience=1")
+    artifacts = artifacts_of(client, train_eval(overrides=limits, dvc=False, return_state=True))
+    (row,) = json.loads(artifacts["papo-alarms"]["data"])
+    assert (row["alarm"], row["from round"]) == ("signal_exhaustion", "0")
+    assert f"- alarm from round 0, signal_exhaustion: {row['evidence']}" in artifacts["papo-result"]["data"]
 
 
 def test_nothing_of_a_result_is_kept_by_prefect(first: State[Summary], server: str) -> None:
