@@ -32,7 +32,7 @@ class Inputs:
     """Manifests of the advantages and of training by round, and the evaluation's metrics.json; `limits` of the alarms."""
 
     params: dict[str, Any]
-    limits: dict[str, float]
+    limits: dict[str, Any]
     advantages: dict[str, Path]
     training: dict[str, Path]
     evaluation: Path
@@ -83,7 +83,7 @@ def _read(inputs: Inputs) -> Run:
         rounds=[{"round": float(key), **manifest.metrics} for key, manifest in signals],
         steps=[{**row, "step": float(number)} for number, row in enumerate(steps, 1)],  # counted over the whole run
         evaluation=dict(sorted(evaluation.items(), key=lambda item: _place(item[0], inputs.params))),
-        alarms=onsets(fired([manifest.metrics for _, manifest in signals], Limits(**inputs.limits))),  # type: ignore[arg-type]
+        alarms=onsets(fired([manifest.metrics for _, manifest in signals], Limits(**inputs.limits))),
     )
 
 
