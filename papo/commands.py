@@ -18,18 +18,16 @@ from papo.console import (
     show_summary,
     warn,
 )
-from papo.core.alarms import Alarm, Limits, fired
 from papo.dvcfile import DVC_FILE, render
 from papo.engines.tracking import make_tracker
 from papo.engines.versioning import Dvc
-from papo.errors import MissingInputError, UserError
-from papo.inspection import check_variant, explain_problem, rederive
+from papo.errors import UserError
+from papo.inspection import check_variant, explain_problem, rederive, signals_and_alarms
 from papo.params import Params, load_params
 from papo.pipeline import Step, run_step, steps
 from papo.session import Session, Summary, share_start
-from papo.store.layout import Workspace, manifest_path
+from papo.store.layout import Workspace
 from papo.store.lock import exclusive
-from papo.store.manifest import Manifest
 
 
 def dispatch(options: argparse.Namespace) -> int:
@@ -44,7 +42,7 @@ def dispatch(options: argparse.Namespace) -> int:
         return 0
     workspace = Workspace(options.workspace)
     if options.command == "alarms":
-        show_alarms(*signals_and_alarms(params, workspace))
+        show_alarms(*signals_and_alarms(params.alarms, workspace))
         return 0
     if options.command == "explain":
         show_explained(explain_problem(workspace, options.problem_id, round_=options.round), text=options.text)
@@ -120,22 +118,6 @@ def open_session(
 def untracked(params: Params) -> dict[str, object]:
     """The params that decide results."""
     return params.model_dump(exclude={"tracking"})
-
-
-def signals_and_alarms(params: Params, workspace: Workspace) -> tuple[int, list[Alarm]]:
-    """(rounds that have signals, every alarm of theirs).
-
-    Raises:
-        MissingInputError: no round has any.
-    """
-    history: list[dict[str, float]] = []
-    while manifest_path(table := workspace.table(len(history), "advantages")).is_file():
-        history.append(Manifest.read(table).metrics)
-    if not history:
-        raise MissingInputError(
-            "no round has signals yet", where=str(table), fix="run `papo run`, or `papo advantage --round 0`"
-        )
-    return len(history), fired(history, Limits(**params.alarms.model_dump()))
 
 
 def stay_offline(params: Params) -> None:

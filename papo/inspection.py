@@ -1,4 +1,4 @@
-"""What the stored scores of a round say beyond its advantages: other variants from the same scores, and one problem in every detail.
+"""What stored rounds say beyond their advantages: alarms, other variants from the same scores, one problem in every detail.
 
 Reads tables and writes none; no model, verifier or judge is asked.
 """
@@ -15,17 +15,18 @@ from typing import Any, get_args
 import numpy as np
 
 from papo.core.advantages import VARIANTS, compute_advantages, count_inversions, process_needed
+from papo.core.alarms import Alarm, Limits, fired
 from papo.core.compare import Comparison, compare
 from papo.core.explain import Group, Settings, Why, explain
 from papo.core.groups import BoolArray, FloatArray
 from papo.core.peers import trl_gdpo, verl_gdpo
 from papo.engines.tokenizer import TokenizerAligner
 from papo.errors import DataError, MissingInputError, ParamsError, UserError
-from papo.params import AdvantageParams, Variant
+from papo.params import AdvantageParams, AlarmsParams, Variant
 from papo.schemas import ADVANTAGES, ORM, PRM, ROLLOUTS
 from papo.stages.advantage import by_tokens
 from papo.stages.rows import check_aligned, of_problems
-from papo.store.layout import Workspace
+from papo.store.layout import Workspace, manifest_path
 from papo.store.manifest import Manifest
 from papo.store.tables import read_columns, read_rows
 
@@ -143,6 +144,22 @@ def stored_rounds(workspace: Workspace) -> list[int]:
             fix="run `papo run`, or `papo advantage --round 0`",
         )
     return rounds
+
+
+def signals_and_alarms(params: AlarmsParams, workspace: Workspace) -> tuple[int, list[Alarm]]:
+    """(rounds that have signals, every alarm of theirs).
+
+    Raises:
+        MissingInputError: no round has any.
+    """
+    history: list[dict[str, float]] = []
+    while manifest_path(table := workspace.table(len(history), "advantages")).is_file():
+        history.append(Manifest.read(table).metrics)
+    if not history:
+        raise MissingInputError(
+            "no round has signals yet", where=str(table), fix="run `papo run`, or `papo advantage --round 0`"
+        )
+    return len(history), fired(history, Limits(**params.model_dump()))
 
 
 def read_round(workspace: Workspace, number: int) -> ScoredRound:

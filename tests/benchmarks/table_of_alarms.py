@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from papo.commands import signals_and_alarms
 from papo.core.alarms import ALARMS
+from papo.inspection import signals_and_alarms
 from papo.params import load_params
 from papo.store.layout import Workspace
 from papo.store.manifest import Manifest
@@ -24,7 +24,7 @@ def half_lost(accuracy: list[float]) -> int | None:
 
 def row(folder: Path) -> list[str]:
     workspace = Workspace(folder)
-    rounds, raised = signals_and_alarms(load_params(), workspace)
+    rounds, raised = signals_and_alarms(load_params().alarms, workspace)
     accuracy = [Manifest.read(workspace.table(k, "advantages")).metrics["accuracy"] for k in range(rounds)]
     lost = half_lost(accuracy)
     first = {alarm.name: alarm.round for alarm in reversed(raised)}
