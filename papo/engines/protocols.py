@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from papo.schemas import Grading
 
 Progress = Callable[[int], None]
 """Called with the number of items done since the last call."""
@@ -42,6 +44,14 @@ class Sampler(Protocol):
         ...
 
 
+class VerifyItem(NamedTuple):
+    """One completion to verify against a gold answer."""
+
+    gold: str
+    completion: str
+    grading: Grading = Grading()
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Outcome of one completion: `score` is 0.0 or 1.0, or None where `status` is a failure."""
@@ -52,10 +62,10 @@ class Verdict:
 
 
 class Verifier(Protocol):
-    """Compares the final answer of a completion with the gold answer."""
+    """Compares the final answer of a completion with the gold answer, by the grading of its problem."""
 
-    def verify(self, items: Sequence[tuple[str, str]], progress: Progress) -> list[Verdict]:
-        """One verdict for each (gold answer, completion), in order."""
+    def verify(self, items: Sequence[VerifyItem], progress: Progress) -> list[Verdict]:
+        """One verdict an item, in order."""
         ...
 
     def versions(self) -> dict[str, str]: ...
@@ -168,6 +178,7 @@ class Problem:
     source: str
     tier: str | None = None
     pass_rate: float | None = None
+    grading: Grading = Grading()
 
 
 class Source(Protocol):

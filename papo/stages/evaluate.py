@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from papo.core.statistics import Estimate, avg_at_k, paired_bootstrap, pass_at_k
-from papo.engines.protocols import Sampler, SampleRequest, Verifier
+from papo.engines.protocols import Sampler, SampleRequest, Verifier, VerifyItem
 from papo.params import EvaluateParams
-from papo.schemas import EVALUATION, PROBLEMS, row_seed
+from papo.schemas import EVALUATION, PROBLEMS, Grading, row_seed
 from papo.stages.rows import check_failures
 from papo.store.files import digest, write_json
 from papo.store.manifest import Context, Manifest, Task
@@ -102,8 +102,11 @@ def _sampling(
         seeds = [row_seed(inputs.seed, -1, problem["problem_id"], index) for problem, index in keys]
         requests = [SampleRequest(problem["prompt"], seed) for (problem, _), seed in zip(keys, seeds, strict=True)]
         samples = sampler.sample(requests, progress)
-        pairs = [(problem["answer"], sample.completion) for (problem, _), sample in zip(keys, samples, strict=True)]
-        verdicts = verifier.verify(pairs, lambda done: None)
+        items = [
+            VerifyItem(problem["answer"], sample.completion, Grading.model_validate_json(problem["grading"]))
+            for (problem, _), sample in zip(keys, samples, strict=True)
+        ]
+        verdicts = verifier.verify(items, lambda done: None)
         return [
             {
                 "policy": policy,

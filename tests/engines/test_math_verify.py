@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from papo.core.answers import MAX_ANSWER_CHARS, MAX_DIGITS
-from papo.engines.protocols import Verdict
+from papo.engines.protocols import Verdict, VerifyItem
 from papo.engines.verifiers import make_verifier
 from papo.engines.verifiers.math_verify import MAX_GOLD_CHARS, MathVerifier, Pair, compare, in_children
 from papo.params import ScoreOrmParams
@@ -26,7 +26,9 @@ ORACLE = ROOT.parent / "shared" / "oracle"
 
 
 def verified(*items: tuple[str, str], timeout_s: float = 20.0, workers: int = 1) -> list[Verdict]:
-    return MathVerifier(timeout_s=timeout_s, workers=workers).verify(items, lambda _: None)
+    return MathVerifier(timeout_s=timeout_s, workers=workers).verify(
+        [VerifyItem(*item) for item in items], lambda _: None
+    )
 
 
 def box(answer: str) -> str:
@@ -72,14 +74,14 @@ class Recorder:
 )
 def test_settled_without_a_child(gold: str, completion: str, verdict: Verdict) -> None:
     recorder = Recorder()
-    assert MathVerifier(checker=recorder).verify([(gold, completion)], lambda _: None) == [verdict]
+    assert MathVerifier(checker=recorder).verify([VerifyItem(gold, completion)], lambda _: None) == [verdict]
     assert recorder.asked == []
 
 
 def test_each_distinct_pair_is_judged_once_and_progress_counts_all_items() -> None:
     recorder, done = Recorder(), list[int]()
     items = [("x+1", box("1+x")), ("5", box("5")), ("x+1", box("y")), ("x+1", box("1+x")), ("x+2", box("1+x"))]
-    verdicts = MathVerifier(checker=recorder).verify(items, done.append)
+    verdicts = MathVerifier(checker=recorder).verify([VerifyItem(*item) for item in items], done.append)
     assert recorder.asked == [("x+1", "1+x"), ("x+1", "y"), ("x+2", "1+x")]
     assert [verdict.extracted for verdict in verdicts] == ["1+x", "5", "y", "1+x", "1+x"]
     assert [verdict.score for verdict in verdicts] == [0.0, 1.0, 0.0, 0.0, 0.0]
@@ -210,7 +212,7 @@ def test_children_that_cannot_live_stop_the_stage(tmp_path: Path) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('broken installation')\n")
     code = (
         "from papo.engines.verifiers.math_verify import MathVerifier\n"
-        "MathVerifier().verify([('x+1', '\\\\boxed{1+x}')], print)"
+        "MathVerifier().verify([('x+1', '\\\\boxed{1+x}', None)], print)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -241,7 +243,7 @@ from papo.engines.verifiers.math_verify import MathVerifier
 def told(count):
     print(count, flush=True)
 
-MathVerifier(timeout_s={timeout_s}).verify([("2x", "\\\\boxed{{x*2}}"), ("2x", "\\\\boxed{{9^{{9^{{9^9}}}}}}")], told)
+MathVerifier(timeout_s={timeout_s}).verify([("2x", "\\\\boxed{{x*2}}", None), ("2x", "\\\\boxed{{9^{{9^{{9^9}}}}}}", None)], told)
 """
 
 

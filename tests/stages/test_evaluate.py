@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from papo.engines.protocols import Progress, Sampler, Verdict
+from papo.engines.protocols import Progress, Sampler, Verdict, VerifyItem
 from papo.errors import FailedRowsError
 from papo.params import EvaluateParams
 from papo.schemas import EVALUATION, row_seed
@@ -29,8 +29,8 @@ class FakeVerifier:
     def __init__(self, failed: str | None = None) -> None:
         self._failed = failed
 
-    def verify(self, items: Sequence[tuple[str, str]], progress: Progress) -> list[Verdict]:
-        return [self._verdict(gold, completion) for gold, completion in items]
+    def verify(self, items: Sequence[VerifyItem], progress: Progress) -> list[Verdict]:
+        return [self._verdict(gold, completion) for gold, completion, _ in items]
 
     def versions(self) -> dict[str, str]:
         return {"verifier": "1"}

@@ -58,7 +58,7 @@ def test_the_tables(tmp_path: Path, context: Context) -> None:
     first, second = read_rows(tmp_path / "problems/train.parquet", PROBLEMS)
     assert first == {
         "problem_id": problem_id("a", "1"), "prompt": "a", "answer": "1", "reference_solution": None, "source": "test",
-        "tier": "t", "pass_rate": 0.5, "split": "train",
+        "tier": "t", "pass_rate": 0.5, "split": "train", "grading": "{}",
     }  # fmt: skip
     assert (second["prompt"], second["tier"], second["pass_rate"]) == ("b", None, None)
     (held_out,) = read_rows(tmp_path / "problems/eval/bench.parquet", PROBLEMS)

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from papo.core.answers import MAX_DIGITS, extract_boxed, longest_digits, normalise, same_answer, visible
-from papo.engines.protocols import Progress, Verdict
+from papo.engines.protocols import Progress, Verdict, VerifyItem
 from papo.errors import StageError
 
 if TYPE_CHECKING:
@@ -69,13 +69,13 @@ class MathVerifier:
     def __init__(self, *, timeout_s: float = 3.0, workers: int = 1, checker: Checker | None = None) -> None:
         self._checker = checker or partial(in_children, compare, timeout_s=timeout_s, workers=workers)
 
-    def verify(self, items: Sequence[tuple[str, str]], progress: Progress) -> list[Verdict]:
-        """One verdict for each (gold answer, completion), in order; each distinct (gold, extracted) is judged once.
+    def verify(self, items: Sequence[VerifyItem], progress: Progress) -> list[Verdict]:
+        """One verdict an item, in order; each distinct (gold, extracted) is judged once.
 
         Raises:
             StageError: child processes cannot be started or kept up on this machine.
         """
-        keys = [(gold, extract_boxed(completion)) for gold, completion in items]
+        keys = [(gold, extract_boxed(completion)) for gold, completion, _ in items]
         counts = Counter(keys)
         outcomes = {key: outcome for key in counts if (outcome := _settled(*key)) is not None}
         progress(sum(counts[key] for key in outcomes))
