@@ -80,6 +80,23 @@ PROBLEMS = Table(
     frozenset({"reference_solution", "tier", "pass_rate"}),
 )
 
+DROPPED = Table(
+    "dropped",
+    1,
+    (
+        ("set", pa.string()),  # train, or the benchmark's name
+        ("source", pa.string()),
+        ("row", pa.int64()),  # of the source
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("prompt", pa.string()),
+        ("benchmark", pa.string()),
+        ("match_id", pa.string()),
+        ("score", pa.float64()),
+    ),
+    frozenset({"row", "benchmark", "match_id", "score"}),
+)
+
 TRACES = Table("traces", 1, (("prompt", pa.string()), ("completion", pa.string())))
 
 ROLLOUTS = Table(
@@ -139,6 +156,12 @@ ADVANTAGES = Table(
     frozenset({"token_advantages"}),
 )
 
+SAMPLES = Table(
+    "samples",
+    1,
+    (("completion", pa.string()), ("completion_tokens", pa.int32()), ("finish_reason", pa.string())),
+)
+
 EVALUATION = Table(
     "evaluation",
     1,
@@ -159,7 +182,7 @@ EVALUATION = Table(
     frozenset({"tier", "orm_score", "extracted"}),
 )
 
-TABLES = {table.name: table for table in (PROBLEMS, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, EVALUATION)}
+TABLES = {table.name: table for table in (PROBLEMS, DROPPED, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, SAMPLES, EVALUATION)}
 
 
 def problem_id(prompt: str, answer: str) -> str:
