@@ -83,6 +83,15 @@ def _parser() -> argparse.ArgumentParser:
             stage.add_argument("--variant", metavar="X", help="as --set advantage.variant=X; all with --compare")
             compare = "only show what X would make of the stored scores, against the stored advantages; all rounds without --round"
             stage.add_argument("--compare", action="store_true", help=compare)
+        if name == "evaluate":
+            stage.add_argument(
+                "--benchmark", action="append", metavar="B", help="as --set evaluate.benchmarks; may be repeated"
+            )
+            stage.add_argument("--k", type=int, metavar="K", help="as --set evaluate.samples_per_problem")
+            stage.add_argument(
+                "--policy", metavar="P", help="evaluate this one: warmstart, final, round-<k> or a folder"
+            )
+            stage.add_argument("--against", metavar="Q", help="with --policy: the paired difference from this one")
         _common(stage)
     run = commands.add_parser("run", help="the whole pipeline in this process, without any server", allow_abbrev=False)
     run.add_argument("--no-dvc", action="store_true", help="do not record the outputs with DVC at the end")

@@ -18,7 +18,7 @@ from papo.errors import BusyError, SetupError
 from papo.params import load_params
 from papo.pipeline import Step, run_step, steps
 from papo.session import Session, Summary, lineage, share_start
-from papo.store.files import digest
+from papo.store.files import digest, read_json
 from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
 from papo.store.manifest import Context
@@ -97,6 +97,41 @@ def test_alarms_of_a_workspace(here: Path, capsys: pytest.CaptureFixture[str]) -
     message = capsys.readouterr().err
     assert "no round has signals yet" in message
     assert "papo advantage --round 0" in message
+
+
+def test_policies_compared_by_hand(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark, other = load_params().evaluate.benchmarks
+    command = ["evaluate", "--policy", "final", "--against", "warmstart", "--benchmark", benchmark, "--k", "3"]
+    before = digest(here / "artifacts/evaluation/metrics.json")
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("avg@k", "maj@k", "difference", "warmstart", "final-against-warmstart"))
+    found = read_json(here / "artifacts/comparisons/final-against-warmstart/metrics.json")
+    assert other not in found
+    metrics = found[benchmark]
+    assert list(metrics) == ["warmstart", "final", "gain"]
+    assert metrics["final"]["k"] == 3
+    assert digest(here / "artifacts/evaluation/metrics.json") == before
+    assert main(["evaluate", "--policy", "artifacts/warmstart"]) == 0
+    assert list(read_json(here / "artifacts/comparisons/warmstart/metrics.json")[benchmark]) == ["artifacts/warmstart"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "fnal"], "there is no policy 'fnal'"),
+        (["--policy", "round-7"], "an input of this stage is not there"),
+        (["--policy", "final", "--against", "final"], "final against itself"),
+        (["--against", "final"], "--against needs --policy"),
+        (["--policy", "final", "--benchmark", "nowhere"], "nowhere is not made by prepare"),
+        (["--policy", "final", "--k", "0"], "evaluate.samples_per_problem"),
+    ],
+)
+def test_policies_that_cannot_be_compared(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def session(folder: Path, tracker: Recorder, *overrides: str) -> Session:

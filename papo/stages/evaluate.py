@@ -37,7 +37,7 @@ CODE = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """`policies` by name: `warmstart`, `round-<k>`, `final`; `benchmarks` by name; `sampler` is `rollout.engine`."""
+    """`policies` by name, from the baseline to the one whose gain over it is told; `benchmarks` by name; `sampler` is `rollout.engine`."""
 
     seed: int
     sampler: str
@@ -167,7 +167,9 @@ def _kept(
 def _metrics(rows: list[dict[str, Any]], params: EvaluateParams, inputs: Inputs) -> dict[str, Any]:
     by_policy = {name: [row for row in rows if row["policy"] == name] for name in inputs.policies}
     metrics: dict[str, Any] = {name: _policy_metrics(mine, params) for name, mine in by_policy.items()}
-    first, last = by_policy[next(iter(by_policy))], by_policy["final"]
+    if len(by_policy) == 1:
+        return metrics
+    first, *_, last = by_policy.values()
     gain = paired_bootstrap(
         _scores(last), _ids(last), _scores(first), _ids(first),
         seed=inputs.seed, confidence=params.confidence,
