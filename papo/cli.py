@@ -98,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--name", help="name of the run in MLflow")
     _common(run)
     _common(commands.add_parser("params", help="print every param with its value in force", allow_abbrev=False))
+    rates = "the training problems with the pass rate of a reference policy, for prepare.tiers"
+    measure = commands.add_parser("pass-rates", help=rates, description=rates, allow_abbrev=False)
+    measure.add_argument("--policy", metavar="P", default="warmstart", help="warmstart, final, round-<k> or a folder")
+    measure.add_argument("--k", type=int, metavar="K", default=8, help="tries a problem (default: 8)")
+    measure.add_argument("--out", type=Path, metavar="FILE", default=Path("pass_rates.parquet"), help="a Parquet file")
+    _common(measure)
     alarms = "what the signals of the rounds so far say is going wrong, and since when"
     _common(commands.add_parser("alarms", help=alarms, description=alarms, allow_abbrev=False))
     why = "the responses to one problem, their scores and advantages, and why each is pushed up or down"

@@ -27,7 +27,7 @@ from papo.engines.versioning import Dvc
 from papo.errors import MissingInputError, UserError
 from papo.inspection import check_variant, explain_problem, rederive
 from papo.params import Params, load_params
-from papo.pipeline import Step, evaluate_policies, run_step, steps
+from papo.pipeline import Step, evaluate_policies, measure_pass_rates, run_step, steps
 from papo.session import Session, Summary, share_start
 from papo.store.files import read_json
 from papo.store.layout import Workspace, manifest_path
@@ -55,6 +55,9 @@ def dispatch(options: argparse.Namespace) -> int:
     if options.command == "advantage" and options.compare:
         variant = options.variant or "all"
         show_rederivation(rederive(params.advantage, workspace, variant=variant, round_=options.round))
+        return 0
+    if options.command == "pass-rates":
+        pass_rates(params, workspace, options)
         return 0
     if options.command == "evaluate" and (options.policy or options.against):
         show_comparison(*compare_policies(params, workspace, options))
@@ -141,6 +144,18 @@ def compare_policies(params: Params, workspace: Workspace, options: argparse.Nam
         context = make_context(workspace.work)
         out, _ = evaluate_policies(params, workspace, context, policy=options.policy, against=options.against)
     return out, read_json(out / "metrics.json")
+
+
+def pass_rates(params: Params, workspace: Workspace, options: argparse.Namespace) -> None:
+    """Measures and writes pass rates, and says how to use them."""
+    if options.k < 1:
+        raise UserError(f"--k is {options.k}", where="papo pass-rates", fix="try each problem at least once")
+    with exclusive(workspace, wait_s=options.wait):
+        context = make_context(workspace.work)
+        counts = measure_pass_rates(
+            params, workspace, context, policy=options.policy, out=options.out, samples=options.k
+        )
+    log.info("%s: %s", options.out, ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
 def signals_and_alarms(params: Params, workspace: Workspace) -> tuple[int, list[Alarm]]:

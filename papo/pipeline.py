@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from papo.errors import MissingInputError, ParamsError
 from papo.params import Params
+from papo.schemas import EVALUATION, PROBLEMS
 from papo.stages import advantage, evaluate, prepare, report, rollout, score_orm, score_prm, train, warmstart
 from papo.store.layout import Workspace
 from papo.store.manifest import Context, Manifest
+from papo.store.tables import read_columns, read_rows, write_rows
 
 T = TypeVar("T")
 
@@ -202,6 +205,47 @@ def evaluate_policies(
     out = workspace.comparisons / label
     engine = _evaluation_engine(params)
     return out, evaluate.run(params.evaluate, _there(inputs, workspace), out, engine=engine, context=context)
+
+
+def measure_pass_rates(
+    params: Params, workspace: Workspace, context: Context, *, policy: str, out: Path, samples: int
+) -> dict[str, int]:
+    """Writes the training problems with the share of `samples` tries that a reference policy gets right, at training's temperature.
+
+    A try without a verdict does not count; a problem without any keeps the pass rate it had. `prepare` reads the file as a source
+    whose pass rates make tiers.
+
+    Returns:
+        Counts of problems: measured, never and always solved.
+
+    Raises:
+        as `evaluate_policies`.
+    """
+    named = {policy: _named_policy(policy, params, workspace)}
+    inputs = evaluate.Inputs(
+        seed=params.run.seed,
+        sampler=params.rollout.engine,
+        policies=named,
+        benchmarks={"train": workspace.train_problems},
+    )
+    settings = params.evaluate.model_copy(
+        update={
+            "samples_per_problem": samples, "temperature": params.rollout.temperature, "top_p": params.rollout.top_p,
+            "max_new_tokens": params.rollout.max_new_tokens,
+        }
+    )  # fmt: skip
+    tries = workspace.comparisons / f"pass-rates-{Path(policy).name}"
+    engine = _evaluation_engine(params.model_copy(update={"evaluate": settings}))
+    evaluate.run(settings, _there(inputs, workspace), tries, engine=engine, context=context)
+    scores: dict[str, list[float]] = defaultdict(list)
+    for row in read_columns(tries / "train.parquet", EVALUATION, "problem_id", "orm_score"):
+        if row["orm_score"] is not None:
+            scores[row["problem_id"]].append(row["orm_score"])
+    rates = {name: sum(found) / len(found) for name, found in scores.items()}
+    rows = read_rows(workspace.train_problems, PROBLEMS)
+    write_rows(out, PROBLEMS, [row | {"pass_rate": rates.get(row["problem_id"], row["pass_rate"])} for row in rows])
+    found = list(rates.values())
+    return {"problems": len(rows), "measured": len(found), "never": found.count(0.0), "always": found.count(1.0)}
 
 
 def _named_policy(name: str, params: Params, workspace: Workspace) -> Path:

@@ -17,11 +17,13 @@ from papo.engines.tracking import NullTracker
 from papo.errors import BusyError, SetupError
 from papo.params import load_params
 from papo.pipeline import Step, run_step, steps
+from papo.schemas import EVALUATION, PROBLEMS
 from papo.session import Session, Summary, lineage, share_start
 from papo.store.files import digest, read_json
 from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
 from papo.store.manifest import Context
+from papo.store.tables import read_rows
 
 STEPS = 9
 OTHER = "report.title=another run"
@@ -114,6 +116,19 @@ def test_policies_compared_by_hand(here: Path, capsys: pytest.CaptureFixture[str
     assert digest(here / "artifacts/evaluation/metrics.json") == before
     assert main(["evaluate", "--policy", "artifacts/warmstart"]) == 0
     assert list(read_json(here / "artifacts/comparisons/warmstart/metrics.json")[benchmark]) == ["artifacts/warmstart"]
+
+
+def test_pass_rates_of_a_reference_policy(here: Path) -> None:
+    assert main(["pass-rates", "--k", "3", "--out", "rates.parquet"]) == 0
+    measured = read_rows(Path("rates.parquet"), PROBLEMS)
+    before = read_rows(here / "data/problems/train.parquet", PROBLEMS)
+    assert [row | {"pass_rate": None} for row in measured] == [row | {"pass_rate": None} for row in before]
+    tries = read_rows(here / "artifacts/comparisons/pass-rates-warmstart/train.parquet", EVALUATION)
+    assert len(tries) == 3 * len(before)
+    for row in measured:
+        scores = [one["orm_score"] for one in tries if one["problem_id"] == row["problem_id"]]
+        assert row["pass_rate"] == pytest.approx(sum(scores) / 3)
+    assert main(["pass-rates", "--k", "0"]) == 2
 
 
 @pytest.mark.parametrize(
