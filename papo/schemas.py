@@ -182,7 +182,9 @@ EVALUATION = Table(
     frozenset({"tier", "orm_score", "extracted"}),
 )
 
-TABLES = {table.name: table for table in (PROBLEMS, DROPPED, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, SAMPLES, EVALUATION)}
+TABLES = {
+    table.name: table for table in (PROBLEMS, DROPPED, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, SAMPLES, EVALUATION)
+}
 
 
 def problem_id(prompt: str, answer: str) -> str:

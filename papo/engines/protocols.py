@@ -59,6 +59,7 @@ class Verdict:
     score: float | None
     extracted: str | None
     status: str  # schemas.ORM_STATUSES
+    detail: str | None = None  # what became of a program: sandbox.VERDICTS
 
 
 class Verifier(Protocol):
@@ -179,14 +180,30 @@ class Problem:
     tier: str | None = None
     pass_rate: float | None = None
     grading: Grading = Grading()
+    row: int | None = field(default=None, compare=False)  # number of its row in the source
+    format: str = field(default="", compare=False)  # what its row was read as
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A row of a source that gives no problem, and why; `benchmark`, `match_id` and `score` where a benchmark holds it."""
+
+    source: str
+    row: int | None
+    reason: str
+    detail: str
+    prompt: str
+    benchmark: str | None = None
+    match_id: str | None = None
+    score: float | None = None
 
 
 class Source(Protocol):
-    """Where problems come from."""
+    """Where problems come from; rows that give none are said to be dropped, never left out."""
 
-    def train(self) -> Iterator[Problem]: ...
+    def train(self) -> Iterator[Problem | Drop]: ...
 
-    def benchmarks(self) -> Mapping[str, Iterator[Problem]]: ...
+    def benchmarks(self) -> Mapping[str, Iterator[Problem | Drop]]: ...
 
     def traces(self) -> Iterator[tuple[str, str]]:
         """(prompt, completion) pairs for the warm start; none for a source without traces."""
