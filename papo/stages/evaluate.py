@@ -32,6 +32,8 @@ CODE = (
     "core/answers.py",
     *SAMPLER,
     "engines/verifiers",
+    "engines/sandbox.py",
+    "engines/in_sandbox.py",
 )
 
 
@@ -69,7 +71,7 @@ def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, co
     problems = {name: read_rows(path, PROBLEMS) for name, path in inputs.benchmarks.items()}
     total = len(inputs.policies) * params.samples_per_problem * sum(map(len, problems.values()))
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in problems}
-    versions = engine.verifier.versions()
+    versions: dict[str, str] = {}
     with context.progress("evaluate", total) as progress:
         shards = itertools.count()
         for policy, path in inputs.policies.items():
@@ -81,6 +83,7 @@ def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, co
                     sample = _kept(params, inputs, policy, sampler, context.work / "samples", progress)
                     make = _sampling(params, inputs, policy, part, sample, engine.verifier)
                     rows[name] += task.shard(next(shards), EVALUATION, make).to_pylist()
+    versions |= engine.verifier.versions()  # which of its libraries were needed is known now
     counts = Counter(row["status"] for each in rows.values() for row in each)
     check_failures("evaluate", counts, params.max_failed_share)
     for name in problems:

@@ -13,7 +13,14 @@ from papo.stages.rows import check_failures, of_problems
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns, write_rows
 
-CODE = ("stages/score_orm.py", "stages/rows.py", "engines/verifiers", "core/answers.py")
+CODE = (
+    "stages/score_orm.py",
+    "stages/rows.py",
+    "engines/verifiers",
+    "engines/sandbox.py",
+    "engines/in_sandbox.py",
+    "core/answers.py",
+)
 
 
 @dataclass(frozen=True)
