@@ -83,12 +83,27 @@ def _parser() -> argparse.ArgumentParser:
             stage.add_argument("--variant", metavar="X", help="as --set advantage.variant=X; all with --compare")
             compare = "only show what X would make of the stored scores, against the stored advantages; all rounds without --round"
             stage.add_argument("--compare", action="store_true", help=compare)
+        if name == "evaluate":
+            stage.add_argument(
+                "--benchmark", action="append", metavar="B", help="as --set evaluate.benchmarks; may be repeated"
+            )
+            stage.add_argument("--k", type=int, metavar="K", help="as --set evaluate.samples_per_problem")
+            stage.add_argument(
+                "--policy", metavar="P", help="evaluate this one: warmstart, final, round-<k> or a folder"
+            )
+            stage.add_argument("--against", metavar="Q", help="with --policy: the paired difference from this one")
         _common(stage)
     run = commands.add_parser("run", help="the whole pipeline in this process, without any server", allow_abbrev=False)
     run.add_argument("--no-dvc", action="store_true", help="do not record the outputs with DVC at the end")
     run.add_argument("--name", help="name of the run in MLflow")
     _common(run)
     _common(commands.add_parser("params", help="print every param with its value in force", allow_abbrev=False))
+    rates = "the training problems with the pass rate of a reference policy, for prepare.tiers"
+    measure = commands.add_parser("pass-rates", help=rates, description=rates, allow_abbrev=False)
+    measure.add_argument("--policy", metavar="P", default="warmstart", help="warmstart, final, round-<k> or a folder")
+    measure.add_argument("--k", type=int, metavar="K", default=8, help="tries a problem (default: 8)")
+    measure.add_argument("--out", type=Path, metavar="FILE", default=Path("pass_rates.parquet"), help="a Parquet file")
+    _common(measure)
     alarms = "what the signals of the rounds so far say is going wrong, and since when"
     _common(commands.add_parser("alarms", help=alarms, description=alarms, allow_abbrev=False))
     why = "the responses to one problem, their scores and advantages, and why each is pushed up or down"

@@ -7,12 +7,14 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from papo.console import (
     configure_logging,
     log,
     make_context,
     show_alarms,
+    show_comparison,
     show_explained,
     show_rederivation,
     show_summary,
@@ -24,8 +26,9 @@ from papo.engines.versioning import Dvc
 from papo.errors import UserError
 from papo.inspection import check_variant, explain_problem, rederive, signals_and_alarms
 from papo.params import Params, load_params
-from papo.pipeline import Step, run_step, steps
+from papo.pipeline import Step, evaluate_policies, measure_pass_rates, run_step, steps
 from papo.session import Session, Summary, share_start
+from papo.store.files import read_json
 from papo.store.layout import Workspace
 from papo.store.lock import exclusive
 
@@ -51,6 +54,12 @@ def dispatch(options: argparse.Namespace) -> int:
         variant = options.variant or "all"
         show_rederivation(rederive(params.advantage, workspace, variant=variant, round_=options.round))
         return 0
+    if options.command == "pass-rates":
+        pass_rates(params, workspace, options)
+        return 0
+    if options.command == "evaluate" and (options.policy or options.against):
+        show_comparison(*compare_policies(params, workspace, options))
+        return 0
     if options.command == "run":
         show_summary(run_all(params, workspace, name=options.name, dvc=not options.no_dvc, wait_s=options.wait))
         return 0
@@ -62,12 +71,15 @@ def dispatch(options: argparse.Namespace) -> int:
 
 
 def overrides(options: argparse.Namespace) -> list[str]:
-    """What `--set` gives, and the `--variant` of `papo advantage` unless it is only compared.
+    """What `--set` gives, `--benchmark` and `--k` of `papo evaluate`, and `--variant` of `papo advantage` unless it is only compared.
 
     Raises:
         ParamsError: an unknown variant.
     """
     given: list[str] = options.overrides
+    if options.command == "evaluate":
+        benchmarks = [f"evaluate.benchmarks=[{', '.join(options.benchmark)}]"] if options.benchmark else []
+        return [*given, *benchmarks, *([f"evaluate.samples_per_problem={options.k}"] if options.k is not None else [])]
     if options.command != "advantage" or options.variant is None:
         return given
     check_variant(options.variant, comparing=options.compare)
@@ -120,9 +132,34 @@ def untracked(params: Params) -> dict[str, object]:
     return params.model_dump(exclude={"tracking"})
 
 
+def compare_policies(params: Params, workspace: Workspace, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """The folder and the metrics of the policies that the options name."""
+    if options.policy is None:
+        raise UserError(
+            "--against needs --policy", where="papo evaluate", fix="name the policy whose gain is asked for"
+        )
+    with exclusive(workspace, wait_s=options.wait):
+        context = make_context(workspace.work)
+        out, _ = evaluate_policies(params, workspace, context, policy=options.policy, against=options.against)
+    return out, read_json(out / "metrics.json")
+
+
+def pass_rates(params: Params, workspace: Workspace, options: argparse.Namespace) -> None:
+    """Measures and writes pass rates, and says how to use them."""
+    if options.k < 1:
+        raise UserError(f"--k is {options.k}", where="papo pass-rates", fix="try each problem at least once")
+    with exclusive(workspace, wait_s=options.wait):
+        context = make_context(workspace.work)
+        counts = measure_pass_rates(
+            params, workspace, context, policy=options.policy, out=options.out, samples=options.k
+        )
+    log.info("%s: %s", options.out, ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
 def stay_offline(params: Params) -> None:
     """Tells the Hugging Face libraries not to look at the hub when nothing in the params is there; each look costs seconds."""
-    names = [params.warmstart.checkpoint, params.prepare.source, *params.prepare.eval_sources.values()]
+    benchmarks = [item.source for item in params.prepare.eval_sources.values()]
+    names = [params.warmstart.checkpoint, params.prepare.source, *benchmarks]
     if all(name is None or name == "sums" or Path(name).exists() for name in names):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

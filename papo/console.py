@@ -24,7 +24,7 @@ from papo.session import Summary
 from papo.store.manifest import Context
 
 # Columns that are no numbers.
-WORDS = ("benchmark", "tier", "signal", "stage", "alarm", "evidence", "stored", "variant")
+WORDS = ("policy", "benchmark", "tier", "signal", "stage", "alarm", "evidence", "stored", "variant")
 console = Console(stderr=True)
 log = logging.getLogger("papo")
 
@@ -139,6 +139,41 @@ def show_summary(summary: Summary) -> None:
     if summary.link:
         out.print(f"MLflow   {summary.link}", soft_wrap=True)
     out.print(f"DVC      {summary.dvc}", soft_wrap=True)
+
+
+def show_comparison(folder: Path, evaluation: dict[str, Any]) -> None:
+    """Policies named by hand on each benchmark, and the paired difference, on standard output."""
+    out = _output()
+    out.print("Accuracy in percent, with its interval", style="bold", highlight=False)
+    out.print(_table(comparison_rows(evaluation)))
+    out.print(f"samples and metrics: {folder}", highlight=False, soft_wrap=True)
+
+
+def comparison_rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
+    """A row a benchmark and policy, and one for the paired difference."""
+    rows = []
+    for benchmark, policies in evaluation.items():
+        for name, found in policies.items():
+            if name == "gain":
+                continue
+            rows.append(
+                {
+                    "benchmark": benchmark,
+                    "policy": name,
+                    "avg@k": _interval(found["avg_at_k"]),
+                    "pass@k": _interval(found["pass_at_k"]),
+                    "maj@k": _interval(found["maj_at_k"]),
+                    "k": str(found["k"]),
+                    "length": f"{found['length_mean']:.1f}",
+                    "truncated": f"{found['truncated_share']:.1%}",
+                    "no answer": f"{found['no_answer_share']:.1%}",
+                    "timeout": f"{found['timeout_share']:.1%}",
+                }
+            )
+        if "gain" in policies:
+            gain = _interval(policies["gain"], sign=True)
+            rows.append({"benchmark": benchmark, "policy": "difference", "avg@k": gain})
+    return rows
 
 
 def accuracy_rows(summary: Summary) -> list[dict[str, str]]:

@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from papo.errors import ParamsError
 
 Variant = Literal["orm", "prm", "mult", "fullnorm", "papo", "gdpo", "convex", "capo"]
+Format = Literal[
+    "auto", "columns", "verl", "numina", "gsm8k", "math", "olympiadbench", "aime", "gpqa", "humaneval"
+]  # fmt: skip
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -75,7 +78,10 @@ class SumsParams(_Section):
 
 
 class ColumnsParams(_Section):
-    """Which column of a loaded data set holds what; dots reach into nested fields (`reward_model.ground_truth`)."""
+    """Which column of a loaded data set holds what; dots reach into nested fields (`reward_model.ground_truth`).
+
+    `prompt`, `answer` and `reference_solution` are for the format `columns`; `tier` and `pass_rate` are read with any.
+    """
 
     prompt: str = "prompt"
     answer: str = "answer"
@@ -84,20 +90,65 @@ class ColumnsParams(_Section):
     pass_rate: str | None = None
 
 
-class PrepareParams(_Section):
-    """Problem sets: generated, or loaded by a column mapping."""
+class EvalSource(_Section):
+    """One benchmark: a local file or a hub id, and how it is read. A plain string is the source alone."""
 
-    source: str = Field("sums", min_length=1, description="`sums`, a local .jsonl or .parquet file, or a hub id.")
+    source: str = Field(min_length=1)
+    format: Format = "auto"
+    split: str | None = Field(None, description="Of the hub; null: prepare.eval_split.")
+    subset: str | None = Field(None, description="Of the hub, such as gpqa_diamond.")
+    revision: str | None = None
+
+
+class TiersParams(_Section):
+    """As many training problems of each of the five tiers of the pass rate."""
+
+    per_tier: Positive
+    pass_rate: str | None = Field(None, description="Column of the pass rate; null: columns.pass_rate.")
+
+
+class PrepareParams(_Section):
+    """Problem sets: generated, or loaded in one of the formats; what training problems have to fulfil."""
+
+    source: str = Field("sums", min_length=1, description="`sums`, a local file (.jsonl, .parquet, ...), or a hub id.")
+    format: Format = Field("auto", description="auto: by the columns there are; `columns` where the mapping is set.")
     split: str = "train"
+    subset: str | None = Field(None, description="Of the hub, such as main for openai/gsm8k.")
     revision: str | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     sums: SumsParams = SumsParams()
     columns: ColumnsParams = ColumnsParams()
-    eval_sources: dict[str, str] = Field(default_factory=dict, description="Benchmark name -> file or hub id.")
+    eval_sources: dict[str, EvalSource] = Field(default_factory=dict, description="Benchmark name -> file or hub id.")
     eval_split: str = "test"
-    holdout: int = Field(0, ge=0, description="Without eval_sources: problems held out as benchmark `holdout`.")
+    holdout: int = Field(0, ge=0, description="Training problems held out as benchmark `holdout`.")
     max_problems: int | None = Field(None, ge=1)
+    max_prompt_chars: Positive = Field(8_000, description="A longer training prompt is dropped.")
+    drop_never_solved: bool = Field(True, description="Drop training problems of pass rate 0.")
+    near_match: float | None = Field(
+        0.7, gt=0.0, le=1.0, description="Likeness to a benchmark's problem that drops one; null: only equal ones."
+    )
+    tiers: TiersParams | None = None
     prompt_template: str = "{prompt}"
+
+    @field_validator("eval_sources", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {name: {"source": item} if isinstance(item, str) else item for name, item in value.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PrepareParams:
+        if self.tiers is not None and self.pass_rate_column is None:
+            raise ValueError("tiers need a column of pass rates: set tiers.pass_rate or columns.pass_rate")
+        if taken := {"train", *(["holdout"] if self.holdout else [])} & self.eval_sources.keys():
+            raise ValueError(f"eval_sources: {', '.join(sorted(taken))} is the name of another set")
+        return self
+
+    @property
+    def pass_rate_column(self) -> str | None:
+        """Column of the training set's pass rates."""
+        return (self.tiers.pass_rate if self.tiers else None) or self.columns.pass_rate
 
     @field_validator("prompt_template")
     @classmethod
@@ -160,12 +211,33 @@ class RolloutParams(_Section):
         return self
 
 
+class SandboxParams(_Section):
+    """Limits of one run of a program, and what makes the sandbox: bubblewrap, or a container."""
+
+    wall_s: float = Field(10.0, gt=0.0, le=3600.0)
+    cpu_s: int = Field(10, ge=1, le=3600, description="Of each process.")
+    memory_mb: int = Field(1024, ge=64, description="Address space of each process, and resident memory of all.")
+    processes: int = Field(32, ge=2, le=4096, description="Processes and threads together.")
+    file_mb: int = Field(16, ge=1, description="Of one file, and of all together.")
+    runtime: Literal["podman", "docker"] | None = Field(None, description="Instead of bubblewrap; needs an image.")
+    image: str | None = Field(None, min_length=1, description="An image with `python3`, which is not pulled.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> SandboxParams:
+        if (self.runtime is None) != (self.image is None):
+            raise ValueError("runtime and image belong together: name both, or neither for bubblewrap")
+        return self
+
+
 class ScoreOrmParams(_Section):
-    """Outcome: is the last boxed answer equal to the gold answer?"""
+    """Outcome: is the last boxed answer equal to the gold answer, does the program pass its tests?"""
 
     verifier: Literal["math-verify"] = "math-verify"
     timeout_s: float = Field(3.0, gt=0.0, le=600.0, description="Limit for one pair of answers.")
-    workers: int = Field(1, ge=1, le=256, description="Child processes for what strings and integers do not settle.")
+    workers: int = Field(
+        1, ge=1, le=256, description="Child processes for what strings do not settle; programs at a time."
+    )
+    sandbox: SandboxParams = SandboxParams()
     max_failed_share: Share = 0.05
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from papo.errors import MissingInputError, ParamsError
 from papo.params import Params
+from papo.schemas import EVALUATION, PROBLEMS
 from papo.stages import advantage, evaluate, prepare, report, rollout, score_orm, score_prm, train, warmstart
 from papo.store.layout import Workspace
 from papo.store.manifest import Context, Manifest
+from papo.store.tables import read_columns, read_rows, write_rows
 
 T = TypeVar("T")
 
@@ -171,10 +175,94 @@ def _train(params: Params, workspace: Workspace, context: Context, round_: int) 
     return train.run(params.train, _there(inputs, workspace), workspace.policy(round_), engine=engine, context=context)
 
 
-def _evaluate(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
-    from papo.engines.samplers import make_sampler
-    from papo.engines.verifiers import make_verifier
+def evaluate_policies(
+    params: Params, workspace: Workspace, context: Context, *, policy: str, against: str | None = None
+) -> tuple[Path, Manifest]:
+    """Evaluates a policy, and with `against` the paired difference from another; beside the pipeline's own evaluation.
 
+    Args:
+        policy, against: `warmstart`, `final`, `round-<k>`, or a folder.
+
+    Returns:
+        The folder with metrics.json and the samples of each benchmark, and its manifest.
+
+    Raises:
+        ParamsError: not the name of a policy, or the same twice.
+        MissingInputError: a policy or benchmark is not there.
+    """
+    named = {name: _named_policy(name, params, workspace) for name in (against, policy) if name is not None}
+    if policy == against:
+        raise ParamsError(f"{policy} against itself", where="--against", fix="name another policy")
+    inputs = evaluate.Inputs(
+        seed=params.run.seed,
+        sampler=params.rollout.engine,
+        policies=named,
+        benchmarks={name: workspace.benchmark(name) for name in params.evaluate.benchmarks},
+    )
+    label = "-against-".join(
+        Path(name).resolve().name if Path(name).is_dir() else name for name in (policy, against) if name
+    )
+    out = workspace.comparisons / label
+    engine = _evaluation_engine(params)
+    return out, evaluate.run(params.evaluate, _there(inputs, workspace), out, engine=engine, context=context)
+
+
+def measure_pass_rates(
+    params: Params, workspace: Workspace, context: Context, *, policy: str, out: Path, samples: int
+) -> dict[str, int]:
+    """Writes the training problems with the share of `samples` tries that a reference policy gets right, at training's temperature.
+
+    A try without a verdict does not count; a problem without any keeps the pass rate it had. `prepare` reads the file as a source
+    whose pass rates make tiers.
+
+    Returns:
+        Counts of problems: measured, never and always solved.
+
+    Raises:
+        as `evaluate_policies`.
+    """
+    named = {policy: _named_policy(policy, params, workspace)}
+    inputs = evaluate.Inputs(
+        seed=params.run.seed,
+        sampler=params.rollout.engine,
+        policies=named,
+        benchmarks={"train": workspace.train_problems},
+    )
+    settings = params.evaluate.model_copy(
+        update={
+            "samples_per_problem": samples, "temperature": params.rollout.temperature, "top_p": params.rollout.top_p,
+            "max_new_tokens": params.rollout.max_new_tokens,
+        }
+    )  # fmt: skip
+    tries = workspace.comparisons / f"pass-rates-{Path(policy).name}"
+    engine = _evaluation_engine(params.model_copy(update={"evaluate": settings}))
+    evaluate.run(settings, _there(inputs, workspace), tries, engine=engine, context=context)
+    scores: dict[str, list[float]] = defaultdict(list)
+    for row in read_columns(tries / "train.parquet", EVALUATION, "problem_id", "orm_score"):
+        if row["orm_score"] is not None:
+            scores[row["problem_id"]].append(row["orm_score"])
+    rates = {name: sum(found) / len(found) for name, found in scores.items()}
+    rows = read_rows(workspace.train_problems, PROBLEMS)
+    write_rows(out, PROBLEMS, [row | {"pass_rate": rates.get(row["problem_id"], row["pass_rate"])} for row in rows])
+    found = list(rates.values())
+    return {"problems": len(rows), "measured": len(found), "never": found.count(0.0), "always": found.count(1.0)}
+
+
+def _named_policy(name: str, params: Params, workspace: Workspace) -> Path:
+    if name == "warmstart":
+        return workspace.warmstart
+    if name == "final":
+        return workspace.policy(params.run.rounds - 1)
+    if found := re.fullmatch(r"round-(\d+)", name):
+        return workspace.policy(int(found[1]))
+    if Path(name).is_dir():
+        return Path(name)
+    raise ParamsError(
+        f"there is no policy {name!r}", where="--policy, --against", fix="name warmstart, final, round-<k> or a folder"
+    )
+
+
+def _evaluate(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
     p = params.evaluate
     *between, last = params.evaluated_rounds
     policies = {"warmstart": workspace.warmstart} | {f"round-{k}": workspace.policy(k) for k in between}
@@ -184,14 +272,22 @@ def _evaluate(params: Params, workspace: Workspace, context: Context, round_: No
         policies=policies | {"final": workspace.policy(last)},
         benchmarks={name: workspace.benchmark(name) for name in p.benchmarks},
     )
-    engine = evaluate.Engine(
+    engine = _evaluation_engine(params)
+    return evaluate.run(p, _there(inputs, workspace), workspace.evaluation, engine=engine, context=context)
+
+
+def _evaluation_engine(params: Params) -> evaluate.Engine:
+    from papo.engines.samplers import make_sampler
+    from papo.engines.verifiers import make_verifier
+
+    p = params.evaluate
+    return evaluate.Engine(
         sampler=lambda policy: make_sampler(
             params.rollout.engine, policy, temperature=p.temperature, top_p=p.top_p,
             max_prompt_tokens=params.rollout.max_prompt_tokens, max_new_tokens=p.max_new_tokens,
         ),
         verifier=make_verifier(params.score_orm),
     )  # fmt: skip
-    return evaluate.run(p, _there(inputs, workspace), workspace.evaluation, engine=engine, context=context)
 
 
 def _report(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:

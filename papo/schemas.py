@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
 
 KEY = ("round", "problem_id", "sample_index")
 
@@ -14,6 +16,30 @@ OK = "ok"
 ORM_STATUSES = ("ok", "no_answer", "unparsable_gold", "timeout", "error")
 PRM_STATUSES = ("ok", "not_asked", "timeout", "refused", "unparsable", "error")
 FAILED_STATUSES = frozenset({"unparsable_gold", "timeout", "refused", "unparsable", "error"})
+
+
+class Grading(BaseModel):
+    """How the answer of a problem is read from a completion and compared with the gold answer; JSON in the table `problems`.
+
+    math     the last boxed answer, as mathematics
+    choice   a letter, boxed or, with `extraction` answer_is, after "answer is"; the gold answer is a letter
+    code     the last fenced block of Python, run with the tests that are the gold answer
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["math", "choice", "code"] = "math"
+    extraction: Literal["boxed", "answer_is"] = "boxed"
+    several: bool = Field(
+        False, description="The gold answer lists several answers, which all have to be given, in any order."
+    )
+    ordered: bool = Field(False, description="The order of several answers, or within a tuple, counts.")
+    unit: str | None = Field(None, description="A unit that the answer may bear or leave out.")
+    tolerance: float | None = Field(
+        None, gt=0.0, description="Largest absolute difference of two numbers that are equal."
+    )
+    entry_point: str | None = Field(None, description="code: the function that the tests call.")
+    prefix: str | None = Field(None, description="code: what stands before a completion that only goes on with it.")
 
 
 @dataclass(frozen=True)
@@ -39,11 +65,12 @@ _KEY_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
 
 PROBLEMS = Table(
     "problems",
-    1,
+    2,
     (
         ("problem_id", pa.string()),
         ("prompt", pa.string()),
         ("answer", pa.string()),
+        ("grading", pa.string()),  # JSON of a Grading
         ("reference_solution", pa.string()),
         ("source", pa.string()),
         ("tier", pa.string()),
@@ -51,6 +78,23 @@ PROBLEMS = Table(
         ("split", pa.string()),
     ),
     frozenset({"reference_solution", "tier", "pass_rate"}),
+)
+
+DROPPED = Table(
+    "dropped",
+    1,
+    (
+        ("set", pa.string()),  # train, or the benchmark's name
+        ("source", pa.string()),
+        ("row", pa.int64()),  # of the source
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("prompt", pa.string()),
+        ("benchmark", pa.string()),
+        ("match_id", pa.string()),
+        ("score", pa.float64()),
+    ),
+    frozenset({"row", "benchmark", "match_id", "score"}),
 )
 
 TRACES = Table("traces", 1, (("prompt", pa.string()), ("completion", pa.string())))
@@ -112,6 +156,12 @@ ADVANTAGES = Table(
     frozenset({"token_advantages"}),
 )
 
+SAMPLES = Table(
+    "samples",
+    1,
+    (("completion", pa.string()), ("completion_tokens", pa.int32()), ("finish_reason", pa.string())),
+)
+
 EVALUATION = Table(
     "evaluation",
     1,
@@ -132,7 +182,9 @@ EVALUATION = Table(
     frozenset({"tier", "orm_score", "extracted"}),
 )
 
-TABLES = {table.name: table for table in (PROBLEMS, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, EVALUATION)}
+TABLES = {
+    table.name: table for table in (PROBLEMS, DROPPED, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, SAMPLES, EVALUATION)
+}
 
 
 def problem_id(prompt: str, answer: str) -> str:

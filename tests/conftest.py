@@ -105,7 +105,7 @@ class SmallRound:
 
     def problems(self) -> Path:
         rows = [
-            {"problem_id": problem_id(prompt, answer), "prompt": prompt, "answer": answer, "source": "test",
+            {"problem_id": problem_id(prompt, answer), "prompt": prompt, "answer": answer, "grading": "{}", "source": "test",
              "reference_solution": f"{prompt} is {answer}", "split": "train"}
             for prompt, answer in self.answers.items()
         ]  # fmt: skip

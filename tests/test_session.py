@@ -17,11 +17,13 @@ from papo.engines.tracking import NullTracker
 from papo.errors import BusyError, SetupError
 from papo.params import load_params
 from papo.pipeline import Step, run_step, steps
+from papo.schemas import EVALUATION, PROBLEMS
 from papo.session import Session, Summary, lineage, share_start
-from papo.store.files import digest
+from papo.store.files import digest, read_json
 from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
 from papo.store.manifest import Context
+from papo.store.tables import read_rows
 
 STEPS = 9
 OTHER = "report.title=another run"
@@ -97,6 +99,54 @@ def test_alarms_of_a_workspace(here: Path, capsys: pytest.CaptureFixture[str]) -
     message = capsys.readouterr().err
     assert "no round has signals yet" in message
     assert "papo advantage --round 0" in message
+
+
+def test_policies_compared_by_hand(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark, other = load_params().evaluate.benchmarks
+    command = ["evaluate", "--policy", "final", "--against", "warmstart", "--benchmark", benchmark, "--k", "3"]
+    before = digest(here / "artifacts/evaluation/metrics.json")
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("avg@k", "maj@k", "difference", "warmstart", "final-against-warmstart"))
+    found = read_json(here / "artifacts/comparisons/final-against-warmstart/metrics.json")
+    assert other not in found
+    metrics = found[benchmark]
+    assert set(metrics) == {"warmstart", "final", "gain"}
+    assert metrics["final"]["k"] == 3
+    assert digest(here / "artifacts/evaluation/metrics.json") == before
+    assert main(["evaluate", "--policy", "artifacts/warmstart"]) == 0
+    assert list(read_json(here / "artifacts/comparisons/warmstart/metrics.json")[benchmark]) == ["artifacts/warmstart"]
+
+
+def test_pass_rates_of_a_reference_policy(here: Path) -> None:
+    assert main(["pass-rates", "--k", "3", "--out", "rates.parquet"]) == 0
+    measured = read_rows(Path("rates.parquet"), PROBLEMS)
+    before = read_rows(here / "data/problems/train.parquet", PROBLEMS)
+    assert [row | {"pass_rate": None} for row in measured] == [row | {"pass_rate": None} for row in before]
+    tries = read_rows(here / "artifacts/comparisons/pass-rates-warmstart/train.parquet", EVALUATION)
+    assert len(tries) == 3 * len(before)
+    for row in measured:
+        scores = [one["orm_score"] for one in tries if one["problem_id"] == row["problem_id"]]
+        assert row["pass_rate"] == pytest.approx(sum(scores) / 3)
+    assert main(["pass-rates", "--k", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "fnal"], "there is no policy 'fnal'"),
+        (["--policy", "round-7"], "an input of this stage is not there"),
+        (["--policy", "final", "--against", "final"], "final against itself"),
+        (["--against", "final"], "--against needs --policy"),
+        (["--policy", "final", "--benchmark", "nowhere"], "nowhere is not made by prepare"),
+        (["--policy", "final", "--k", "0"], "evaluate.samples_per_problem"),
+    ],
+)
+def test_policies_that_cannot_be_compared(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def session(folder: Path, tracker: Recorder, *overrides: str) -> Session:

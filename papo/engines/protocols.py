@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from papo.schemas import Grading
 
 Progress = Callable[[int], None]
 """Called with the number of items done since the last call."""
@@ -42,6 +44,14 @@ class Sampler(Protocol):
         ...
 
 
+class VerifyItem(NamedTuple):
+    """One completion to verify against a gold answer."""
+
+    gold: str
+    completion: str
+    grading: Grading = Grading()
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Outcome of one completion: `score` is 0.0 or 1.0, or None where `status` is a failure."""
@@ -49,13 +59,14 @@ class Verdict:
     score: float | None
     extracted: str | None
     status: str  # schemas.ORM_STATUSES
+    detail: str | None = None  # what became of a program: sandbox.VERDICTS
 
 
 class Verifier(Protocol):
-    """Compares the final answer of a completion with the gold answer."""
+    """Compares the final answer of a completion with the gold answer, by the grading of its problem."""
 
-    def verify(self, items: Sequence[tuple[str, str]], progress: Progress) -> list[Verdict]:
-        """One verdict for each (gold answer, completion), in order."""
+    def verify(self, items: Sequence[VerifyItem], progress: Progress) -> list[Verdict]:
+        """One verdict an item, in order."""
         ...
 
     def versions(self) -> dict[str, str]: ...
@@ -168,14 +179,31 @@ class Problem:
     source: str
     tier: str | None = None
     pass_rate: float | None = None
+    grading: Grading = Grading()
+    row: int | None = field(default=None, compare=False)  # number of its row in the source
+    format: str = field(default="", compare=False)  # what its row was read as
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A row of a source that gives no problem, and why; `benchmark`, `match_id` and `score` where a benchmark holds it."""
+
+    source: str
+    row: int | None
+    reason: str
+    detail: str
+    prompt: str
+    benchmark: str | None = None
+    match_id: str | None = None
+    score: float | None = None
 
 
 class Source(Protocol):
-    """Where problems come from."""
+    """Where problems come from; rows that give none are said to be dropped, never left out."""
 
-    def train(self) -> Iterator[Problem]: ...
+    def train(self) -> Iterator[Problem | Drop]: ...
 
-    def benchmarks(self) -> Mapping[str, Iterator[Problem]]: ...
+    def benchmarks(self) -> Mapping[str, Iterator[Problem | Drop]]: ...
 
     def traces(self) -> Iterator[tuple[str, str]]:
         """(prompt, completion) pairs for the warm start; none for a source without traces."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -11,30 +12,34 @@ from typing import Any
 
 import numpy as np
 
-from papo.core.statistics import Estimate, avg_at_k, paired_bootstrap, pass_at_k
-from papo.engines.protocols import Sampler, SampleRequest, Verifier
+from papo.core.answers import normalise
+from papo.core.statistics import Estimate, avg_at_k, maj_at_k, paired_bootstrap, pass_at_k
+from papo.engines.protocols import Sampler, SampleRequest, Verifier, VerifyItem
 from papo.params import EvaluateParams
-from papo.schemas import EVALUATION, PROBLEMS, row_seed
+from papo.schemas import EVALUATION, PROBLEMS, SAMPLES, Grading, row_seed
 from papo.stages.rows import check_failures
 from papo.store.files import digest, write_json
-from papo.store.manifest import Context, Manifest, Task
+from papo.store.kept import kept_rows
+from papo.store.manifest import Context, Manifest, Task, code_digest
 from papo.store.tables import read_rows, write_rows
 
+SAMPLER = ("engines/samplers", "engines/policy.py")
 CODE = (
     "stages/evaluate.py",
     "stages/rows.py",
     "core/groups.py",
     "core/statistics.py",
     "core/answers.py",
-    "engines/samplers",
-    "engines/policy.py",
+    *SAMPLER,
     "engines/verifiers",
+    "engines/sandbox.py",
+    "engines/in_sandbox.py",
 )
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """`policies` by name: `warmstart`, `round-<k>`, `final`; `benchmarks` by name; `sampler` is `rollout.engine`."""
+    """`policies` by name, from the baseline to the one whose gain over it is told; `benchmarks` by name; `sampler` is `rollout.engine`."""
 
     seed: int
     sampler: str
@@ -66,7 +71,7 @@ def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, co
     problems = {name: read_rows(path, PROBLEMS) for name, path in inputs.benchmarks.items()}
     total = len(inputs.policies) * params.samples_per_problem * sum(map(len, problems.values()))
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in problems}
-    versions = engine.verifier.versions()
+    versions: dict[str, str] = {}
     with context.progress("evaluate", total) as progress:
         shards = itertools.count()
         for policy, path in inputs.policies.items():
@@ -75,8 +80,10 @@ def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, co
             for name, asked in problems.items():
                 for start in range(0, len(asked), params.problems_per_shard):
                     part = asked[start : start + params.problems_per_shard]
-                    make = _sampling(params, inputs, policy, part, sampler, engine.verifier, progress)
+                    sample = _kept(params, inputs, policy, sampler, context.work / "samples", progress)
+                    make = _sampling(params, inputs, policy, part, sample, engine.verifier)
                     rows[name] += task.shard(next(shards), EVALUATION, make).to_pylist()
+    versions |= engine.verifier.versions()  # which of its libraries were needed is known now
     counts = Counter(row["status"] for each in rows.values() for row in each)
     check_failures("evaluate", counts, params.max_failed_share)
     for name in problems:
@@ -94,16 +101,19 @@ def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, co
 
 def _sampling(
     params: EvaluateParams, inputs: Inputs, policy: str, problems: list[dict[str, Any]],
-    sampler: Sampler, verifier: Verifier, progress: Callable[[int], None],
+    sample: Callable[[list[SampleRequest]], list[dict[str, Any]]], verifier: Verifier,
 ) -> Callable[[], list[dict[str, Any]]]:  # fmt: skip
     def make() -> list[dict[str, Any]]:
         keys = [(problem, index) for problem in problems for index in range(params.samples_per_problem)]
         # Round -1: the seeds of evaluation are none of training's, and the same for every policy.
         seeds = [row_seed(inputs.seed, -1, problem["problem_id"], index) for problem, index in keys]
         requests = [SampleRequest(problem["prompt"], seed) for (problem, _), seed in zip(keys, seeds, strict=True)]
-        samples = sampler.sample(requests, progress)
-        pairs = [(problem["answer"], sample.completion) for (problem, _), sample in zip(keys, samples, strict=True)]
-        verdicts = verifier.verify(pairs, lambda done: None)
+        samples = sample(requests)
+        items = [
+            VerifyItem(problem["answer"], row["completion"], Grading.model_validate_json(problem["grading"]))
+            for (problem, _), row in zip(keys, samples, strict=True)
+        ]
+        verdicts = verifier.verify(items, lambda done: None)
         return [
             {
                 "policy": policy,
@@ -111,24 +121,58 @@ def _sampling(
                 "problem_id": problem["problem_id"],
                 "sample_index": index,
                 "tier": problem["tier"],
-                "completion": sample.completion,
-                "completion_tokens": len(sample.completion_ids),
-                "finish_reason": sample.finish_reason,
+                **row,
                 "orm_score": verdict.score,
                 "extracted": verdict.extracted,
                 "status": verdict.status,
                 "seed": seed,
             }
-            for (problem, index), seed, sample, verdict in zip(keys, seeds, samples, verdicts, strict=True)
+            for (problem, index), seed, row, verdict in zip(keys, seeds, samples, verdicts, strict=True)
         ]
 
     return make
 
 
+def _kept(
+    params: EvaluateParams, inputs: Inputs, policy: str, sampler: Sampler, folder: Path, progress: Callable[[int], None]
+) -> Callable[[list[SampleRequest]], list[dict[str, Any]]]:
+    """Samples the policy, or reads what it gave when it was last asked the same; verdicts and metrics are made anew each time."""
+
+    def sample(requests: list[SampleRequest]) -> list[dict[str, Any]]:
+        identity = {
+            "policy": digest(inputs.policies[policy]),
+            "requests": [dataclasses.astuple(request) for request in requests],
+            "sampling": [inputs.sampler, params.temperature, params.top_p, params.max_new_tokens],
+            "sampler": [sampler.versions(), code_digest(SAMPLER)],
+        }
+        asked = False
+
+        def make() -> list[dict[str, Any]]:
+            nonlocal asked
+            asked = True
+            return [
+                {
+                    "completion": found.completion,
+                    "completion_tokens": len(found.completion_ids),
+                    "finish_reason": found.finish_reason,
+                }
+                for found in sampler.sample(requests, progress)
+            ]
+
+        rows = kept_rows(folder, SAMPLES, identity, make)
+        if not asked:
+            progress(len(rows))
+        return rows
+
+    return sample
+
+
 def _metrics(rows: list[dict[str, Any]], params: EvaluateParams, inputs: Inputs) -> dict[str, Any]:
     by_policy = {name: [row for row in rows if row["policy"] == name] for name in inputs.policies}
     metrics: dict[str, Any] = {name: _policy_metrics(mine, params) for name, mine in by_policy.items()}
-    first, last = by_policy[next(iter(by_policy))], by_policy["final"]
+    if len(by_policy) == 1:
+        return metrics
+    first, *_, last = by_policy.values()
     gain = paired_bootstrap(
         _scores(last), _ids(last), _scores(first), _ids(first),
         seed=inputs.seed, confidence=params.confidence,
@@ -141,10 +185,14 @@ def _policy_metrics(rows: list[dict[str, Any]], params: EvaluateParams) -> dict[
     metrics = {
         "avg_at_k": _plain(avg_at_k(_scores(rows), _ids(rows), confidence=confidence)),
         "pass_at_k": _plain(pass_at_k(_scores(rows), _ids(rows), k, confidence=confidence, missing="wrong")),
+        "maj_at_k": _plain(
+            maj_at_k([_canonical(row["extracted"]) for row in rows], _scores(rows), _ids(rows), confidence=confidence)
+        ),
         "k": k,
         "length_mean": float(np.mean([row["completion_tokens"] for row in rows])),
         "truncated_share": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
         "no_answer_share": sum(row["status"] == "no_answer" for row in rows) / len(rows),
+        "timeout_share": sum(row["status"] == "timeout" for row in rows) / len(rows),
     }
     tiers = sorted({row["tier"] for row in rows if row["tier"] is not None and row["orm_score"] is not None})
     return metrics | {"tiers": {tier: _tier(rows, tier, confidence) for tier in tiers}}
@@ -153,6 +201,11 @@ def _policy_metrics(rows: list[dict[str, Any]], params: EvaluateParams) -> dict[
 def _tier(rows: list[dict[str, Any]], tier: str, confidence: float) -> dict[str, Any]:
     mine = [row for row in rows if row["tier"] == tier]
     return _plain(avg_at_k(_scores(mine), _ids(mine), confidence=confidence))
+
+
+def _canonical(answer: str | None) -> str | None:
+    """Answers vote together when they read the same."""
+    return None if answer is None else normalise(answer)
 
 
 def _scores(rows: list[dict[str, Any]]) -> list[float]:

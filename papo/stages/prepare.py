@@ -1,21 +1,36 @@
-"""prepare: problem sets with content ids, benchmarks that share no problem with training, warm-start traces."""
+"""prepare: problem sets with content ids, training problems that no benchmark holds, every drop with its reason, a data card."""
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from papo.engines.protocols import Problem, Source
+import numpy as np
+
+from papo.engines.decontamination import matches
+from papo.engines.protocols import Drop, Problem, Source
 from papo.errors import DataError
 from papo.params import PrepareParams
-from papo.schemas import PROBLEMS, TRACES, problem_id
-from papo.store.files import replacing
+from papo.schemas import DROPPED, PROBLEMS, TRACES, Grading, problem_id
+from papo.store.files import digest, replacing, write_json
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import write_rows
 
-CODE = ("stages/prepare.py", "engines/sources")
+CODE = ("stages/prepare.py", "engines/sources", "engines/decontamination.py", "core/answers.py")
+
+TIERS = (0.0, 0.125, 0.375, 0.625, 0.875, 1.0)
+"""Bounds of the five tiers of the pass rate, each without its lower and with its upper one."""
+
+KEPT_CHARS = 2_000
+"""Of a dropped prompt."""
+
+Item = Problem | Drop
 
 
 @dataclass(frozen=True)
@@ -27,63 +42,235 @@ class Inputs:
 
 def local_files(params: PrepareParams) -> dict[str, Path]:
     """The files that the params name and that exist on this machine, by the name they have there."""
-    names = [params.source, *params.eval_sources.values()]
+    names = [params.source, *(item.source for item in params.eval_sources.values())]
     return {name: Path(name) for name in names if Path(name).is_file()}
 
 
-def run(params: PrepareParams, inputs: Inputs, out: Path, *, engine: Source, context: Context = Context()) -> Manifest:
-    """Writes train.parquet, traces.parquet and eval/<benchmark>.parquet under the folder `out`.
+def run(
+    params: PrepareParams,
+    inputs: Inputs,
+    out: Path,
+    *,
+    engine: Source,
+    readable: Callable[[str], bool] | None = None,
+    context: Context = Context(),
+) -> Manifest:
+    """Writes train, traces and dropped.parquet, eval/<benchmark>.parquet and card.json under the folder `out`.
+
+    Training problems go through, in this order: too long, unreadable, never solved; held out; contaminated; drawn by tier; at most
+    `max_problems`.
+
+    Args:
+        readable: whether a gold answer in mathematics can be parsed; None takes all.
 
     Raises:
-        DataError: no problems, or a problem twice.
-
-    A training problem that is also in a benchmark is left out and counted as `contaminated`.
+        DataError: no problems are left, saying how many were dropped why; or a problem twice.
     """
     task = Task("prepare", params, inputs, [out], code=CODE, context=context)
     if done := task.done():
         return done
-    benchmarks = {name: _rows(problems, f"benchmark {name}", "eval") for name, problems in engine.benchmarks().items()}
-    train = _rows(engine.train(), "training set", "train")
-    # By prompt: the same problem with its answer written otherwise has another id.
-    held_out = {row["prompt"] for rows in benchmarks.values() for row in rows}
-    clean = [row for row in train if row["prompt"] not in held_out]
-    if not clean:
-        raise DataError(
-            "every training problem is also in a benchmark", where=params.source, fix="use other eval_sources"
-        )
+    read = {"train": list(engine.train())} | {name: list(items) for name, items in engine.benchmarks().items()}
+    dropped: dict[str, list[Drop]] = {name: [] for name in read}
+    benchmarks = {name: _kept(items, dropped[name]) for name, items in read.items() if name != "train"}
+    usable, held_out = _split(_kept(_usable(read["train"], params, readable), dropped["train"]), params)
+    benchmarks |= held_out
+    clean = _kept(_clean(usable, benchmarks, params), dropped["train"])
+    train = _drawn(clean, params, context.warn)
+    tables = {
+        name: _rows(problems, name, dropped.get(name, [])) for name, problems in ({"train": train} | benchmarks).items()
+    }
     traces = [{"prompt": prompt, "completion": completion} for prompt, completion in engine.traces()]
+    card = {
+        "sets": {name: _described(rows) for name, rows in tables.items()},
+        "read_as": {name: _formats(items) for name, items in read.items()},
+        "dropped": {name: dict(Counter(drop.reason for drop in drops)) for name, drops in dropped.items()},
+        "not_drawn": len(clean) - len(train),
+        "files": {name: digest(path) for name, path in inputs.files.items()},
+        "seed": params.seed,
+        "traces": len(traces),
+    }
     # The folder is one output, so it is replaced as a whole.
     with replacing(out) as folder:
-        write_rows(folder / "train.parquet", PROBLEMS, clean)
+        for name, rows in tables.items():
+            write_rows(folder / ("train.parquet" if name == "train" else f"eval/{name}.parquet"), PROBLEMS, rows)
         write_rows(folder / "traces.parquet", TRACES, traces)
-        for name, rows in benchmarks.items():
-            write_rows(folder / "eval" / f"{name}.parquet", PROBLEMS, rows)
-    counts = {"train": len(clean), "contaminated": len(train) - len(clean), "traces": len(traces)}
-    counts |= {name: len(rows) for name, rows in benchmarks.items()}
-    return task.finish(rows=len(clean), counts=counts)
+        write_rows(folder / "dropped.parquet", DROPPED, list(_dropped_rows(dropped)))
+        write_json(folder / "card.json", card)
+    return task.finish(rows=len(train), counts=_counts(card), metrics=_metrics(card))
 
 
-def _rows(problems: Iterable[Problem], what: str, split: str) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = [
-        {
-            "problem_id": problem_id(problem.prompt, problem.answer),
-            "prompt": problem.prompt,
-            "answer": problem.answer,
-            "reference_solution": problem.reference_solution,
-            "source": problem.source,
-            "tier": problem.tier,
-            "pass_rate": problem.pass_rate,
-            "split": split,
-        }
-        for problem in problems
-    ]
-    if not rows:
-        raise DataError(f"the {what} holds no problems", where="prepare", fix="check prepare.source and its columns")
-    twice = [row for row, times in Counter(str(row["prompt"]) for row in rows).items() if times > 1]
+def tier_of(pass_rate: float) -> str | None:
+    """`0.125-0.375` for a rate above 0.125 and at most 0.375; None for 0, which is in no tier."""
+    return next((_tier_name(low, high) for low, high in pairwise(TIERS) if low < pass_rate <= high), None)
+
+
+def _tier_name(low: float, high: float) -> str:
+    return f"{low:g}-{high:g}"
+
+
+def _kept(items: Iterable[Item], dropped: list[Drop]) -> list[Problem]:
+    """The problems; the others are added to `dropped`."""
+    found = list(items)
+    dropped += [item for item in found if isinstance(item, Drop)]
+    return [item for item in found if isinstance(item, Problem)]
+
+
+def _drop(problem: Problem, reason: str, detail: str, **match: Any) -> Drop:
+    return Drop(problem.source, problem.row, reason, detail, problem.prompt, **match)
+
+
+def _usable(items: Iterable[Item], params: PrepareParams, readable: Callable[[str], bool] | None) -> Iterator[Item]:
+    for item in items:
+        if isinstance(item, Drop):
+            yield item
+        elif len(item.prompt) > params.max_prompt_chars:
+            yield _drop(item, "too_long", f"{len(item.prompt)} characters")
+        elif readable is not None and item.grading.kind == "math" and not readable(item.answer):
+            yield _drop(item, "unparsable_gold", item.answer)
+        elif params.drop_never_solved and item.pass_rate == 0.0:
+            yield _drop(item, "never_solved", "pass rate 0")
+        else:
+            yield item
+
+
+def _split(train: list[Problem], params: PrepareParams) -> tuple[list[Problem], dict[str, list[Problem]]]:
+    """What is left to train on, and the benchmark `holdout`; which are which is the source's order, and so the seed's."""
+    if not params.holdout or params.source == "sums":
+        return train, {}
+    if params.holdout >= len(train) > 0:
+        raise DataError(
+            f"{params.holdout} problems to hold out of {len(train)}", where=params.source, fix="lower prepare.holdout"
+        )
+    return train[params.holdout :], {"holdout": train[: params.holdout]}
+
+
+def _clean(
+    train: Sequence[Problem], benchmarks: Mapping[str, Sequence[Problem]], params: PrepareParams
+) -> Iterator[Item]:
+    prompts = {name: [problem.prompt for problem in problems] for name, problems in benchmarks.items()}
+    found = matches([problem.prompt for problem in train], prompts, threshold=params.near_match)
+    for index, problem in enumerate(train):
+        if (match := found.get(index)) is None:
+            yield problem
+            continue
+        twin = benchmarks[match.benchmark][match.place]
+        yield _drop(
+            problem,
+            "contaminated",
+            "equal" if match.equal else "near",
+            benchmark=match.benchmark,
+            match_id=problem_id(twin.prompt, twin.answer),
+            score=match.score,
+        )
+
+
+def _drawn(problems: Sequence[Problem], params: PrepareParams, warn: Callable[[str], None]) -> Sequence[Problem]:
+    """Problems by tier, if there are to be tiers, and `max_problems` of them at most."""
+    drawn = problems if params.tiers is None else _by_tier(problems, params.tiers.per_tier, params.seed, warn)
+    return drawn[: params.max_problems]
+
+
+def _by_tier(problems: Sequence[Problem], per_tier: int, seed: int, warn: Callable[[str], None]) -> list[Problem]:
+    """As many problems of each tier, drawn by the seed, in the order they had; all of a tier that has too few."""
+    tiers: dict[str, list[int]] = {_tier_name(*bounds): [] for bounds in pairwise(TIERS)}
+    for index, problem in enumerate(problems):
+        if problem.pass_rate is not None and (name := tier_of(problem.pass_rate)):
+            tiers[name].append(index)
+    if problems and not any(tiers.values()):
+        raise DataError(
+            f"none of {len(problems)} training problems has a pass rate above 0",
+            where="prepare.tiers",
+            fix="name the column of the pass rates, or leave the tiers out",
+        )
+    chosen: dict[int, str] = {}
+    for name, indices in tiers.items():
+        if len(indices) < per_tier:
+            warn(f"the tier {name} of the pass rate has {len(indices)} problems, {per_tier} asked for")
+        drawn = random.Random(f"{seed}/{name}").sample(indices, min(per_tier, len(indices)))
+        chosen |= dict.fromkeys(drawn, name)
+    return [replace(problems[index], tier=chosen[index]) for index in sorted(chosen)]
+
+
+def _rows(problems: Sequence[Problem], name: str, dropped: Sequence[Drop]) -> list[dict[str, Any]]:
+    what = "training set" if name == "train" else f"benchmark {name}"
+    if not problems:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(drop.reason for drop in dropped).items())
+        raise DataError(
+            f"the {what} holds no problems" + (f" after the drops: {reasons}" if reasons else ""),
+            where="prepare",
+            fix="check the source, its format and columns, and the limits in prepare",
+        )
+    twice = [prompt for prompt, times in Counter(problem.prompt for problem in problems).items() if times > 1]
     if twice:
         raise DataError(
             f"the {what} holds {len(twice)} problems more than once, the first is {twice[0][:80]!r}",
             where="prepare",
             fix="remove the duplicates",
         )
-    return rows
+    return [_row(problem, "train" if name == "train" else "eval") for problem in problems]
+
+
+def _row(problem: Problem, split: str) -> dict[str, Any]:
+    return {
+        "problem_id": problem_id(problem.prompt, problem.answer),
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+        "grading": problem.grading.model_dump_json(exclude_defaults=True),
+        "reference_solution": problem.reference_solution,
+        "source": problem.source,
+        "tier": problem.tier,
+        "pass_rate": problem.pass_rate,
+        "split": split,
+    }
+
+
+def _dropped_rows(dropped: Mapping[str, Sequence[Drop]]) -> Iterator[dict[str, Any]]:
+    for name, drops in dropped.items():
+        for drop in drops:
+            yield asdict(drop) | {"set": name, "prompt": drop.prompt[:KEPT_CHARS], "detail": drop.detail[:KEPT_CHARS]}
+
+
+def _described(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the card says of a set."""
+    ids = "\n".join(sorted(row["problem_id"] for row in rows))
+    return {
+        "problems": len(rows),
+        "by_source": dict(Counter(row["source"] for row in rows)),
+        "by_tier": dict(Counter(row["tier"] or "none" for row in rows)),
+        "by_kind": dict(Counter(Grading.model_validate_json(row["grading"]).kind for row in rows)),
+        "with_solution": sum(row["reference_solution"] is not None for row in rows),
+        "prompt_chars": _lengths([len(row["prompt"]) for row in rows]),
+        "answer_chars": _lengths([len(row["answer"]) for row in rows]),
+        "digest": hashlib.sha256(ids.encode()).hexdigest(),
+    }
+
+
+def _lengths(values: Sequence[int]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "p95": float(np.quantile(values, 0.95)), "max": float(max(values))}
+
+
+def _formats(items: Sequence[Item]) -> dict[str, int]:
+    return dict(Counter(item.format for item in items if isinstance(item, Problem) and item.format))
+
+
+def _counts(card: Mapping[str, Any]) -> dict[str, int]:
+    counts = {name: int(described["problems"]) for name, described in card["sets"].items()}
+    counts |= {"contaminated": card["dropped"]["train"].get("contaminated", 0), "not_drawn": card["not_drawn"]}
+    counts |= {"traces": card["traces"]}
+    for name, reasons in card["dropped"].items():
+        counts |= {f"{name} dropped, {reason}": count for reason, count in reasons.items()}
+    for name, formats in card["read_as"].items():
+        counts |= {f"{name} read as {kind}": count for kind, count in formats.items()}
+    return counts
+
+
+def _metrics(card: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of the card."""
+    metrics: dict[str, float] = {}
+    for name, described in card["sets"].items():
+        metrics[f"{name}/problems"] = described["problems"]
+        metrics[f"{name}/prompt_chars_mean"] = described["prompt_chars"]["mean"]
+        metrics |= {f"{name}/by_tier/{key}": count for key, count in described["by_tier"].items()}
+    for name, reasons in card["dropped"].items():
+        metrics |= {f"{name}/dropped/{reason}": count for reason, count in reasons.items()}
+    return metrics

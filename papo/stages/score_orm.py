@@ -6,14 +6,21 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from papo.engines.protocols import Verifier
+from papo.engines.protocols import Verifier, VerifyItem
 from papo.params import ScoreOrmParams
-from papo.schemas import ORM, ROLLOUTS
+from papo.schemas import ORM, ROLLOUTS, Grading
 from papo.stages.rows import check_failures, of_problems
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns, write_rows
 
-CODE = ("stages/score_orm.py", "stages/rows.py", "engines/verifiers", "core/answers.py")
+CODE = (
+    "stages/score_orm.py",
+    "stages/rows.py",
+    "engines/verifiers",
+    "engines/sandbox.py",
+    "engines/in_sandbox.py",
+    "core/answers.py",
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,14 @@ def run(
     if done := task.done():
         return done
     rollouts = read_columns(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "completion")
-    answers = of_problems(inputs.problems, "answer", {row["problem_id"] for row in rollouts})
+    ids = {row["problem_id"] for row in rollouts}
+    answers = of_problems(inputs.problems, "answer", ids)
+    gradings = {
+        key: Grading.model_validate_json(text) for key, text in of_problems(inputs.problems, "grading", ids).items()
+    }
+    items = [VerifyItem(answers[row["problem_id"]], row["completion"], gradings[row["problem_id"]]) for row in rollouts]
     with context.progress(f"score_orm {inputs.round}", len(rollouts)) as progress:
-        verdicts = engine.verify([(answers[row["problem_id"]], row["completion"]) for row in rollouts], progress)
+        verdicts = engine.verify(items, progress)
     statuses = Counter(verdict.status for verdict in verdicts)
     check_failures("score_orm", statuses, params.max_failed_share)
     rows = [

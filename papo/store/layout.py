@@ -55,6 +55,11 @@ class Workspace:
         return self.artifacts / "evaluation"
 
     @property
+    def comparisons(self) -> Path:
+        """Evaluations of policies that were named by hand; beside the pipeline, under DVC by no stage."""
+        return self.artifacts / "comparisons"
+
+    @property
     def report(self) -> Path:
         return self.artifacts / "report"
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from papo.engines.protocols import Problem
+from papo.engines.protocols import Drop, Problem
 from papo.engines.sources import make_source
-from papo.engines.sources.columns import ColumnsSource
+from papo.engines.sources.formats import DatasetSource
 from papo.errors import DataError
 from papo.params import ColumnsParams, PrepareParams
 
@@ -65,30 +65,26 @@ def test_every_column_is_mapped(tmp_path: Path, name: str) -> None:
         pass_rate="rate",
     )
     params = PrepareParams(source=source, columns=columns, prompt_template="{prompt} Box it: \\boxed{{}}.")
-    problems = {problem.answer: problem for problem in ColumnsSource(params).train()}
+    problems = {item.answer: item for item in DatasetSource(params).train() if isinstance(item, Problem)}
     first = Problem("1+{x}=\\frac{1}{2}? Box it: \\boxed{}.", "2", "one and one", source, "3", 0.5)
     assert problems == {"2": first, "4": Problem("2+2? Box it: \\boxed{}.", "4", None, source)}
 
 
-def test_held_out_problems_are_the_rest_and_the_seed_decides_which(tmp_path: Path) -> None:
+def test_the_seed_alone_decides_the_order(tmp_path: Path) -> None:
     source = written(tmp_path / "source.jsonl", rows_of(20))
 
-    def split(seed: int, **more: Any) -> tuple[list[Problem], list[Problem]]:
-        engine = ColumnsSource(PrepareParams(source=source, holdout=5, seed=seed, **more))
-        return list(engine.train()), list(engine.benchmarks()["holdout"])
+    def order(seed: int) -> list[int]:
+        items = DatasetSource(PrepareParams(source=source, seed=seed)).train()
+        return [item.row for item in items if item.row is not None]
 
-    train, held_out = split(0)
-    assert (len(train), len(held_out)) == (15, 5)
-    assert len({problem.prompt for problem in train + held_out}) == 20
-    assert split(0) == (train, held_out)
-    assert split(1)[1] != held_out
-    assert split(0, max_problems=3) == (train[:3], held_out)
+    assert order(0) == order(0) != order(1)
+    assert sorted(order(0)) == list(range(20))
 
 
 def test_benchmarks_may_be_data_sets_of_their_own(tmp_path: Path) -> None:
     source, other = (written(tmp_path / f"{name}.jsonl", rows_of(size)) for name, size in (("a", 9), ("b", 4)))
     engine = make_source(PrepareParams(source=source, eval_sources={"other": other}))
-    assert isinstance(engine, ColumnsSource)
+    assert isinstance(engine, DatasetSource)
     assert {name: len(list(problems)) for name, problems in engine.benchmarks().items()} == {"other": 4}
     assert len(list(engine.train())) == 9
     assert list(engine.traces()) == []
@@ -98,11 +94,10 @@ def test_benchmarks_may_be_data_sets_of_their_own(tmp_path: Path) -> None:
     ("row", "columns", "message"),
     [
         ({"question": "1?", "answer": "1"}, {}, "there is no column prompt"),
-        ({"prompt": "1?", "answer": None}, {}, "column answer is empty"),
-        ({"prompt": " \n", "answer": "1"}, {}, "column prompt is empty"),
         ({"prompt": "1?", "answer": "1"}, {"answer": "answer.value"}, "there is no column answer.value"),
         ({"prompt": ["1?"], "answer": "1"}, {"prompt": "prompt.1"}, "there is no column prompt.1"),
         ({"prompt": "1?", "answer": "1", "rate": "often"}, {"pass_rate": "rate"}, "'often', not a float"),
+        ({"prompt": "1?", "answer": "1", "rate": 8}, {"pass_rate": "rate"}, "holds 8, no share"),
         ({"prompt": "1?", "answer": "1"}, {"tier": "level"}, "there is no column level"),
     ],
 )
@@ -111,21 +106,46 @@ def test_a_row_that_does_not_fit_is_named(
 ) -> None:
     source = written(tmp_path / "source.jsonl", [row])
     with pytest.raises(DataError, match=message) as caught:
-        ColumnsSource(PrepareParams(source=source, columns=ColumnsParams(**columns))).train()
+        DatasetSource(PrepareParams(source=source, columns=ColumnsParams(**columns))).train()
     assert caught.value.where == f"{source}, row 0"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "1?", "answer": None}, "no_answer"),
+        ({"prompt": "1?", "answer": " "}, "no_answer"),
+        ({"prompt": " \n", "answer": "1"}, "no_prompt"),
+        ({"prompt": "1?", "answer": "1" * 1_001}, "unparsable_gold"),
+    ],
+)
+def test_a_row_without_a_problem_is_a_drop_with_its_reason(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    source = written(tmp_path / "source.jsonl", [{"prompt": "2?", "answer": "2"}, row])
+    (dropped,) = (item for item in DatasetSource(PrepareParams(source=source)).train() if isinstance(item, Drop))
+    assert (dropped.reason, dropped.row, dropped.source) == (reason, 1, source)
+
+
+def test_a_name_with_dots_of_its_own_is_found(tmp_path: Path) -> None:
+    source = written(tmp_path / "source.jsonl", [{"prompt": "1?", "answer": "1", "info": {"v2.5_rate": 0.5}}])
+    params = PrepareParams(source=source, columns=ColumnsParams(pass_rate="info.v2.5_rate"))
+    (problem,) = DatasetSource(params).train()
+    assert isinstance(problem, Problem)
+    assert problem.pass_rate == 0.5
 
 
 def test_a_missing_column_says_which_there_are(tmp_path: Path) -> None:
     source = written(tmp_path / "source.jsonl", [{"question": "1?", "answer": "1"}])
     with pytest.raises(DataError) as caught:
-        ColumnsSource(PrepareParams(source=source)).train()
-    assert "question, answer" in caught.value.fix
+        DatasetSource(PrepareParams(source=source)).train()
+    assert caught.value.fix.endswith("there are: question, answer")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("source.jsonl", b"{not json}\n", "cannot be loaded"),
+        ("source.jsonl", b'{"prompt": "\xe9", "answer": "1"}', "cannot be loaded"),
+        ("source.jsonl", b'{"prompt": "\\ud800", "answer": "1"}', "cannot be loaded"),
         ("source.jsonl", b"", "no problems"),
         ("source.jsonl", b"\n \n", "no problems"),
         ("source.parquet", b"PAR1 and no more", "cannot be loaded"),
@@ -139,7 +159,7 @@ def test_a_file_that_cannot_be_read_is_a_data_error(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        ColumnsSource(PrepareParams(source=str(path))).train()
+        DatasetSource(PrepareParams(source=str(path))).train()
     assert caught.value.where == str(path)
 
 
@@ -147,24 +167,18 @@ def test_an_empty_parquet_file_holds_no_problems(tmp_path: Path) -> None:
     path = tmp_path / "source.parquet"
     pq.write_table(pa.table({"prompt": pa.array([], pa.string()), "answer": pa.array([], pa.string())}), path)
     with pytest.raises(DataError, match=r"no problems|cannot be loaded"):
-        ColumnsSource(PrepareParams(source=str(path))).train()
+        DatasetSource(PrepareParams(source=str(path))).train()
 
 
 def test_a_data_set_of_the_hub_that_is_not_there_is_a_data_error() -> None:
     with pytest.raises(DataError, match="cannot be loaded") as caught:
-        ColumnsSource(PrepareParams(source="papo-tests/no-such-data-set")).train()
+        DatasetSource(PrepareParams(source="papo-tests/no-such-data-set")).train()
     assert caught.value.where == "papo-tests/no-such-data-set"
-
-
-def test_nothing_can_be_held_out_of_too_few(tmp_path: Path) -> None:
-    source = written(tmp_path / "source.jsonl", rows_of(5))
-    with pytest.raises(DataError, match="5 problems to hold out of 5"):
-        ColumnsSource(PrepareParams(source=source, holdout=5)).train()
 
 
 def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "source.jsonl"
     written(path, rows_of(3))
-    assert len(list(ColumnsSource(PrepareParams(source=str(path))).train())) == 3
+    assert len(list(DatasetSource(PrepareParams(source=str(path))).train())) == 3
     written(path, rows_of(7))
-    assert len(list(ColumnsSource(PrepareParams(source=str(path))).train())) == 7
+    assert len(list(DatasetSource(PrepareParams(source=str(path))).train())) == 7

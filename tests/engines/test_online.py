@@ -19,7 +19,7 @@ import pytest
 import papo
 from papo.core.advantages import compute_advantages
 from papo.engines.judges.steps import StepsJudge
-from papo.engines.protocols import JudgeItem
+from papo.engines.protocols import JudgeItem, VerifyItem
 from papo.engines.verifiers import make_verifier
 from papo.errors import DataError, ParamsError
 from papo.params import AdvantageParams, ScoreOrmParams, ScorePrmParams
@@ -49,7 +49,7 @@ CORRECT = {completion for prompt in ("3+5-2=?\n", "9-9=?\n") for completion in C
 
 
 def outcome(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
-    verdicts = make_verifier(ScoreOrmParams()).verify(list(zip(answer, completions, strict=True)), lambda _: None)
+    verdicts = make_verifier(ScoreOrmParams()).verify(list(map(VerifyItem, answer, completions)), lambda _: None)
     return [verdict.score for verdict in verdicts]
 
 
@@ -181,6 +181,7 @@ def by_pipeline(folder: Path, tokenizer: Any, context: Context, **params: Any) -
             "problem_id": problem_id(prompt, answer),
             "prompt": prompt,
             "answer": answer,
+            "grading": "{}",
             "source": "test",
             "split": "train",
         }

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from papo.engines.protocols import Progress, Sampler, Verdict
+from papo.engines.protocols import Progress, Sampler, Verdict, VerifyItem
 from papo.errors import FailedRowsError
 from papo.params import EvaluateParams
 from papo.schemas import EVALUATION, row_seed
@@ -29,8 +29,8 @@ class FakeVerifier:
     def __init__(self, failed: str | None = None) -> None:
         self._failed = failed
 
-    def verify(self, items: Sequence[tuple[str, str]], progress: Progress) -> list[Verdict]:
-        return [self._verdict(gold, completion) for gold, completion in items]
+    def verify(self, items: Sequence[VerifyItem], progress: Progress) -> list[Verdict]:
+        return [self._verdict(gold, completion) for gold, completion, _ in items]
 
     def versions(self) -> dict[str, str]:
         return {"verifier": "1"}
@@ -129,9 +129,27 @@ def test_a_second_run_asks_nothing(
     assert run(inputs, tmp_path / "out", {}, context).skipped
 
 
+def test_samples_are_kept_and_only_what_is_made_of_them_is_made_again(
+    tmp_path: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any
+) -> None:
+    first = {"warmstart": fake_sampler(), "final": fake_sampler()}
+    run(inputs, tmp_path / "out", first, context)
+    before = read_rows(tmp_path / "out/a.parquet", EVALUATION)
+    engines = {"warmstart": fake_sampler(), "final": fake_sampler()}
+    engine = evaluate.Engine(sampler=lambda policy: engines[policy.name], verifier=FakeVerifier())
+    evaluate.run(
+        PARAMS.model_copy(update={"confidence": 0.5}), inputs, tmp_path / "out", engine=engine, context=context
+    )
+    assert [sampler.batches for sampler in engines.values()] == [[], []]
+    assert read_rows(tmp_path / "out/a.parquet", EVALUATION) == before
+    hotter = PARAMS.model_copy(update={"temperature": 0.9})
+    evaluate.run(hotter, inputs, tmp_path / "out", engine=engine, context=context)
+    assert all(sampler.batches for sampler in engines.values())
+
+
 def same_as_undisturbed(folder: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any) -> bool:
-    whole = folder.with_name("whole")
-    run(inputs, whole, {"warmstart": fake_sampler(), "final": fake_sampler()}, context)
+    whole, fresh = folder.with_name("whole"), Context(work=folder.with_name("fresh"))
+    run(inputs, whole, {"warmstart": fake_sampler(), "final": fake_sampler()}, fresh)
     names = ("a.parquet", "b.parquet", "metrics.json")
     return all((folder / name).read_bytes() == (whole / name).read_bytes() for name in names)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from papo.engines.protocols import Progress, Verdict
+from papo.engines.protocols import Progress, Verdict, VerifyItem
 from papo.errors import DataError, FailedRowsError
 from papo.params import ScoreOrmParams
-from papo.schemas import FAILED_STATUSES, ORM, ORM_STATUSES
+from papo.schemas import FAILED_STATUSES, ORM, ORM_STATUSES, Grading
 from papo.stages import score_orm
 from papo.store.manifest import Context, Manifest
 from papo.store.tables import read_rows
@@ -23,9 +23,9 @@ TIMEOUT = Verdict(None, None, "timeout")
 class FakeVerifier:
     def __init__(self, verdicts: Sequence[Verdict]) -> None:
         self._verdicts = verdicts
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[VerifyItem] = []
 
-    def verify(self, items: Sequence[tuple[str, str]], progress: Progress) -> list[Verdict]:
+    def verify(self, items: Sequence[VerifyItem], progress: Progress) -> list[Verdict]:
         self.asked += items
         return list(self._verdicts)
 
@@ -42,7 +42,9 @@ def test_the_rows(tmp_path: Path, small_round: Any, context: Context) -> None:
     verdicts = [RIGHT, WRONG, NONE, TIMEOUT, RIGHT, RIGHT, RIGHT, Verdict(None, None, "error")]
     engine = FakeVerifier(verdicts)
     manifest = run(small_round, tmp_path / "orm.parquet", engine, context)
-    assert engine.asked == [*(("3", str(n)) for n in range(4)), *(("9", str(n)) for n in range(4, 8))]
+    expected = [*(("3", str(n)) for n in range(4)), *(("9", str(n)) for n in range(4, 8))]
+    assert [(item.gold, item.completion) for item in engine.asked] == expected
+    assert {item.grading for item in engine.asked} == {Grading()}
     rows = read_rows(tmp_path / "orm.parquet", ORM)
     assert [(row["problem_id"], row["sample_index"]) for row in rows] == [key[1:] for key in small_round.keys]
     assert [Verdict(row["orm_score"], row["extracted"], row["status"]) for row in rows] == verdicts

@@ -32,6 +32,7 @@ class PolicyResult(BaseModel):
 
     avg_at_k: Estimate
     pass_at_k: Estimate
+    maj_at_k: Estimate | None = None
     k: int
     length_mean: FiniteFloat
     truncated_share: FiniteFloat

@@ -1,12 +1,13 @@
 r"""Mathematical answers, compared by math-verify (sympy) in child processes that can be killed.
 
-What strings and integers settle is settled here, without a child. The rest may take any time and memory (`9^{9^{9^9}}`
+What strings and numbers settle is settled here, without a child. The rest may take any time and memory (`9^{9^{9^9}}`
 is an answer too), and math-verify's own limit is a signal that needs the main thread and does not interrupt a long
 multiplication. So each pair is compared in a child with a limit on wall time, CPU time and address space.
 
     equal: by text, by number, or by math-verify          1.0   ok
     not equal, or not readable as mathematics             0.0   ok               what cannot be read cannot be right
-    a run of over 200 digits, other than the gold text    0.0   ok               as missing, it would go unpunished
+    one is too large to carry out (9^{9^9}) or nested     0.0   ok               as missing, it would go unpunished
+    too deeply, and is not the other's text
     no closed box, an empty one, over 1,000 characters    0.0   no_answer        nothing that could be an answer
     the gold answer is empty, huge or not readable        None  unparsable_gold
     the comparison took longer than `timeout_s`           None  timeout          nobody knows, and missing is not wrong
@@ -22,9 +23,9 @@ import re
 import resource
 import signal
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import lru_cache, partial
@@ -33,18 +34,29 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from papo.core.answers import MAX_DIGITS, extract_boxed, longest_digits, normalise, same_answer, visible
-from papo.engines.protocols import Progress, Verdict
+from papo.core.answers import (
+    Equal,
+    agree,
+    extract_answer,
+    normalise,
+    plain_letters,
+    same_answer,
+    split_list,
+    too_large,
+    visible,
+)
+from papo.engines.protocols import Progress, Verdict, VerifyItem
 from papo.errors import StageError
+from papo.schemas import Grading
 
 if TYPE_CHECKING:
     from pebble import ProcessPool
 
-Pair = tuple[str, str]
-"""Gold answer and extracted answer."""
+Pair = tuple[str, str, Grading]
+"""Gold answer, extracted answer, and how they are compared."""
 
 Checker = Callable[[Sequence[Pair]], Generator[tuple[Pair, str], None, None]]
-"""Takes distinct pairs and gives each with its outcome, in order: right, wrong, unparsable_gold, timeout or error."""
+"""Takes distinct pairs and gives each with its outcome, as they end: right, wrong, unparsable_gold, timeout or error."""
 
 MAX_GOLD_CHARS = 10_000
 CHILD_MEMORY = 2 * 2**30
@@ -69,17 +81,17 @@ class MathVerifier:
     def __init__(self, *, timeout_s: float = 3.0, workers: int = 1, checker: Checker | None = None) -> None:
         self._checker = checker or partial(in_children, compare, timeout_s=timeout_s, workers=workers)
 
-    def verify(self, items: Sequence[tuple[str, str]], progress: Progress) -> list[Verdict]:
-        """One verdict for each (gold answer, completion), in order; each distinct (gold, extracted) is judged once.
+    def verify(self, items: Sequence[VerifyItem], progress: Progress) -> list[Verdict]:
+        """One verdict an item, in order; each distinct (gold, extracted) is judged once.
 
         Raises:
             StageError: child processes cannot be started or kept up on this machine.
         """
-        keys = [(gold, extract_boxed(completion)) for gold, completion in items]
+        keys = [(gold, extract_answer(text, stated=how.extraction == "answer_is"), how) for gold, text, how in items]
         counts = Counter(keys)
         outcomes = {key: outcome for key in counts if (outcome := _settled(*key)) is not None}
         progress(sum(counts[key] for key in outcomes))
-        undecided = [(gold, answer) for gold, answer in counts if answer is not None and (gold, answer) not in outcomes]
+        undecided = [(key[0], key[1], key[2]) for key in counts if key[1] is not None and key not in outcomes]
         if undecided:
             with closing(self._checker(undecided)) as checked:
                 for pair, outcome in checked:
@@ -92,16 +104,20 @@ class MathVerifier:
         return {name: metadata.version(name) for name in _LIBRARIES}
 
 
-def _settled(gold: str, answer: str | None) -> str | None:
+def _settled(gold: str, answer: str | None, grading: Grading) -> str | None:
     """The outcome where no algebra is needed, else None."""
     if not gold.strip() or len(gold) > MAX_GOLD_CHARS:
         return "unparsable_gold"
     if answer is None or not normalise(answer):
         return "no_answer"
-    same = same_answer(gold, answer)
-    if same is None and longest_digits(normalise(answer)) > MAX_DIGITS:
+    same = _agree(gold, answer, grading, partial(same_answer, tolerance=grading.tolerance))
+    if same is None and (too_large(normalise(answer)) or too_large(normalise(gold))):
         same = False
     return None if same is None else "right" if same else "wrong"
+
+
+def _agree(gold: str, answer: str, grading: Grading, equal: Equal) -> bool | None:
+    return agree(gold, answer, equal, several=grading.several, ordered=grading.ordered, unit=grading.unit)
 
 
 def _verdict(answer: str | None, outcome: str) -> Verdict:
@@ -110,9 +126,9 @@ def _verdict(answer: str | None, outcome: str) -> Verdict:
 
 
 def in_children(
-    function: Callable[[str, str], str], pairs: Iterable[Pair], *, timeout_s: float, workers: int
+    function: Callable[[str, str, Grading], str], pairs: Iterable[Pair], *, timeout_s: float, workers: int
 ) -> Generator[tuple[Pair, str], None, None]:
-    """Each pair with `function(*pair)`, in order, computed in child processes that end with this generator.
+    """Each pair with `function(*pair)`, as they end, computed in child processes that end with this generator.
 
     In place of a result stands `timeout` where the child had to be killed, and `error` where it died or raised.
 
@@ -140,17 +156,26 @@ def in_children(
 
 
 def _windowed(
-    pool: ProcessPool, function: Callable[[str, str], str], pairs: Iterable[Pair], timeout_s: float, window: int
+    pool: ProcessPool,
+    function: Callable[[str, str, Grading], str],
+    pairs: Iterable[Pair],
+    timeout_s: float,
+    window: int,
 ) -> Iterator[tuple[Pair, str]]:
     """Keeps `window` pairs in flight: a pool that breaks then has no long queue of its own that nobody answers for."""
-    running: deque[tuple[Pair, Future[Any]]] = deque()
+    running: dict[Future[Any], Pair] = {}
     for pair in pairs:
-        running.append((pair, pool.schedule(function, args=pair, timeout=timeout_s)))
+        running[pool.schedule(function, args=pair, timeout=timeout_s)] = pair
         if len(running) >= window:
-            first, future = running.popleft()
-            yield first, _outcome(future)
-    for pair, future in running:
-        yield pair, _outcome(future)
+            yield from _finished(running)
+    while running:
+        yield from _finished(running)
+
+
+def _finished(running: dict[Future[Any], Pair]) -> Iterator[tuple[Pair, str]]:
+    """Waits for the first pairs to end, in whatever order: one that takes long must not hold up the other children."""
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        yield running.pop(future), _outcome(future)
 
 
 def _outcome(future: Future[Any]) -> str:
@@ -184,24 +209,39 @@ def _set_soft_limit(kind: int, limit: int) -> None:
     resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def _limited(function: Callable[[str, str], str], timeout_s: float, gold: str, answer: str) -> str:
+def _limited(function: Callable[[str, str, Grading], str], timeout_s: float, *pair: Any) -> str:
     _set_soft_limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + timeout_s) + _SPARE_CPU_S)
-    return function(gold, answer)
+    return function(*pair)
 
 
-def compare(gold: str, answer: str) -> str:
+def compare(gold: str, answer: str, grading: Grading) -> str:
     """`right`, `wrong` or `unparsable_gold`, by math-verify, without a limit of its own: call it in a child.
 
     Raises:
         MemoryError: the comparison needs more than the process may have.
     """
-    golds = _parse_gold(gold)
-    if any(_equal(one, other) for one, other in product(golds, _parse(answer))):
+    if _agree(gold, answer, grading, partial(_equal, tolerance=grading.tolerance)):
         return "right"
-    return "wrong" if any(not isinstance(one, str) for one in golds) else "unparsable_gold"
+    parts = (gold, *(part.rpartition("=")[2] for part in split_list(gold)))
+    return "wrong" if any(map(_readable, parts)) else "unparsable_gold"
 
 
-def _equal(gold: Any, answer: Any) -> bool:
+def _readable(gold: str) -> bool:
+    return any(not isinstance(one, str) for one in _parse_gold(gold))
+
+
+def _equal(gold: str, answer: str, tolerance: float | None) -> bool:
+    """By text and number if they tell, else as mathematics."""
+    same = same_answer(gold, answer, tolerance)
+    if same is not None:
+        return same
+    pairs = list(product(_parse_gold(gold), _parse(answer)))
+    return any(_verified(*pair) for pair in pairs) or (
+        tolerance is not None and any(_within(*pair, tolerance) for pair in pairs)
+    )
+
+
+def _verified(gold: Any, answer: Any) -> bool:
     """math-verify's comparison in its direction (it is not symmetric); what it cannot compare is not equal."""
     from math_verify import verify
 
@@ -213,6 +253,17 @@ def _equal(gold: Any, answer: Any) -> bool:
         return False
 
 
+def _within(gold: Any, answer: Any, tolerance: float) -> bool:
+    """Whether two numbers, or two matrices number by number, differ by no more than the tolerance."""
+    try:
+        difference = (gold - answer).evalf()
+        return all(bool(abs(one) <= tolerance) for one in getattr(difference, "flat", lambda: [difference])())
+    except MemoryError:
+        raise
+    except Exception:  # not numbers, or of different shapes
+        return False
+
+
 @lru_cache(maxsize=4096)
 def _parse_gold(gold: str) -> list[Any]:
     """A gold answer is trusted: where it has markup of its own ($...$, boxes), math-verify reads it in all its ways."""
@@ -221,6 +272,7 @@ def _parse_gold(gold: str) -> list[Any]:
     return list(parse(gold, parsing_timeout=None)) if _MARKED_UP.search(gold) else _parse(gold)
 
 
+@lru_cache(maxsize=256)  # a list asks for each of its answers several times
 def _parse(answer: str) -> list[Any]:
     """The whole text as one LaTeX expression, or as a percentage, never a part of it; last, the text itself."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
@@ -228,4 +280,4 @@ def _parse(answer: str) -> list[Any]:
     plain = normalise(answer)
     if _PERCENTAGE.fullmatch(plain):
         return list(parse(plain, [ExprExtractionConfig()], parsing_timeout=None))
-    return list(parse(f"\\boxed{{{visible(answer)}}}", [LatexExtractionConfig()], parsing_timeout=None))
+    return list(parse(f"\\boxed{{{plain_letters(visible(answer))}}}", [LatexExtractionConfig()], parsing_timeout=None))
