@@ -141,7 +141,8 @@ class PrepareParams(_Section):
     def _consistent(self) -> PrepareParams:
         if self.tiers is not None and self.pass_rate_column is None:
             raise ValueError("tiers need a column of pass rates: set tiers.pass_rate or columns.pass_rate")
-        if taken := {"train", *(["holdout"] if self.holdout else [])} & self.eval_sources.keys():
+        generated = self.sums.eval if self.source == "sums" else {}
+        if taken := {"train", *generated, *(["holdout"] if self.holdout else [])} & self.eval_sources.keys():
             raise ValueError(f"eval_sources: {', '.join(sorted(taken))} is the name of another set")
         return self
 
@@ -375,7 +376,7 @@ class Params(_Section):
 
     def _benchmarks_made(self) -> list[str]:
         if self.prepare.source == "sums":
-            return list(self.prepare.sums.eval)
+            return [*self.prepare.sums.eval, *self.prepare.eval_sources]
         return [*self.prepare.eval_sources, *(["holdout"] if self.prepare.holdout else [])]
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,15 @@ from papo.engines.tokenizer import build_tokenizer
 from papo.errors import MissingInputError, ParamsError
 from papo.inspection import rederive
 from papo.params import load_params
-from papo.pipeline import CODE, ROUND_STAGES, STAGES, Step, run_step, steps
-from papo.schemas import ADVANTAGES, PRM, ROLLOUTS
+from papo.pipeline import CODE, ROUND_STAGES, STAGES, Step, evaluate_policies, run_step, steps
+from papo.schemas import ADVANTAGES, EVALUATION, PRM, PROBLEMS, ROLLOUTS
 from papo.store.files import digest
 from papo.store.layout import Workspace
 from papo.store.manifest import Context
 from papo.store.tables import read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
+GSM8K = ROOT.parent / "shared/data/gsm8k_test.jsonl"
 
 
 def test_the_steps_of_a_run_in_order() -> None:
@@ -157,3 +159,34 @@ def test_capo_needs_the_tokenizer_of_the_policy(tiny_copy: Callable[[], Path], m
     assert caught.value.where == str(path)
     assert "run `papo warmstart` first" in caught.value.fix
     assert run_step(Step("advantage", 0), load_params(), Workspace(Path()), Context()).skipped
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="the real data are not beside this checkout")
+def test_the_embedded_policy_is_evaluated_on_its_tiers_and_on_real_problems(checkout: Path) -> None:
+    rows = GSM8K.read_text(encoding="utf-8").splitlines()[:40]
+    (checkout / "gsm8k.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    params = load_params(
+        overrides=[
+            "prepare.eval_sources={gsm8k: gsm8k.jsonl}",
+            "evaluate.benchmarks=[sums-hard, gsm8k]",
+            "evaluate.samples_per_problem=1",
+        ]
+    )
+    workspace = Workspace(checkout)
+    for stage in ("prepare", "warmstart"):
+        run_step(Step(stage), params, workspace, Context())
+    card = json.loads((workspace.problems / "card.json").read_text())
+    assert card["read_as"]["gsm8k"] == {"gsm8k": 40}
+    assert card["sets"].keys() == {"train", "sums-in-range", "sums-hard", "gsm8k"}
+    assert list(card["files"]) == ["gsm8k.jsonl"]
+    problems = read_rows(workspace.benchmark("gsm8k"), PROBLEMS)
+    assert [row["prompt"] for row in problems] == [json.loads(row)["question"] for row in rows]
+    out, manifest = evaluate_policies(params, workspace, Context(), policy="warmstart")
+    found = read_rows(out / "gsm8k.parquet", EVALUATION)
+    assert [row["problem_id"] for row in found] == [row["problem_id"] for row in problems]
+    assert {row["status"] for row in found} <= {"ok", "no_answer"}  # each sample has a verdict
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["gsm8k"]["warmstart"]["avg_at_k"]["samples"] == 40
+    assert metrics["gsm8k"]["warmstart"]["avg_at_k"]["value"] <= 1 / 40  # by chance at most
+    assert metrics["sums-hard"]["warmstart"]["avg_at_k"]["problems"] == card["sets"]["sums-hard"]["problems"]
+    assert manifest.rows == 40 + card["sets"]["sums-hard"]["problems"]

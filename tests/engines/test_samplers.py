@@ -188,6 +188,30 @@ def test_a_prompt_that_does_not_fit_is_a_data_error(policy: Path, prompt: str, t
         assert len(sampled(sampler_of(policy, prompt=12), requests)) == 2
 
 
+@pytest.mark.parametrize("family", ["rotary", "learned"])
+def test_a_prompt_and_its_answer_have_to_fit_into_the_positions_of_the_policy(
+    policy: Path, tmp_path: Path, family: str
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    positions, folder = 1024, policy
+    if family == "learned":  # whose table of positions ends, so that torch would raise an IndexError
+        positions, folder = 24, Path(shutil.copytree(policy, tmp_path / "policy"))
+        shape = GPT2Config(
+            vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=24, bos_token_id=None, eos_token_id=EOS
+        )
+        GPT2LMHeadModel(shape).save_pretrained(folder)
+    longest = "1" * (positions - 16)
+    sampler = sampler_of(folder, new=16, prompt=2048)
+    samples = sampled(sampler, [SampleRequest(longest, seed) for seed in range(20)])
+    assert max(len(sample.completion_ids) for sample in samples) == 16
+    message = rf"a prompt of {positions - 15} tokens and 16 new ones do not fit into the {positions} positions"
+    with pytest.raises(DataError, match=message) as caught:
+        sampled(sampler, [SampleRequest("1=?\n", 0), SampleRequest(longest + "2", 0)])
+    assert caught.value.where.startswith("prompt '111")
+    assert "max_new_tokens" in caught.value.fix
+
+
 def test_no_requests_give_no_samples_and_no_progress(policy: Path) -> None:
     told: list[int] = []
     assert sampler_of(policy).sample([], told.append) == []

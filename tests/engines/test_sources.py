@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from papo.engines.protocols import Drop, Problem
+from papo.engines.sources import make_source
 from papo.engines.sources.formats import FORMATS, RECOGNISED, DatasetSource, recognised
 from papo.engines.sources.rows import Row
 from papo.errors import DataError, ParamsError
@@ -269,12 +270,31 @@ def test_benchmarks_are_each_read_in_their_format(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_benchmarks_from_files_are_added_to_the_generated_ones(tmp_path: Path) -> None:
+    path = written(tmp_path / "p.jsonl", [{"problem": "2+2?", "answer": "4"}])
+    overrides = [
+        f"prepare.eval_sources={{mine: {path}}}",
+        "prepare.prompt_template='Work out {prompt}'",
+        "evaluate.benchmarks=[sums-hard, mine]",
+    ]
+    params = load_params(None, overrides=overrides).prepare
+    source, alone = make_source(params), make_source(params.model_copy(update={"eval_sources": {}}))
+    found = {name: list(items) for name, items in source.benchmarks().items()}
+    assert list(found) == ["sums-in-range", "sums-hard", "mine"]
+    assert [(item.prompt, item.source) for item in found["mine"]] == [("Work out 2+2?", path)]
+    assert {name: found[name] for name in alone.benchmarks()} == {n: list(i) for n, i in alone.benchmarks().items()}
+    assert list(source.train()) == list(alone.train())
+    assert list(source.traces()) == list(alone.traces())
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("prepare.format=excel", "prepare.format: input should be 'auto'"),
         ("prepare.eval_sources={a: {path: x}}", "prepare.eval_sources.a"),
         ("prepare.eval_sources={train: x}", "train is the name of another set"),
+        ("prepare.eval_sources={sums-hard: x}", "sums-hard is the name of another set"),
+        ("evaluate.benchmarks=[gsm8k]", "gsm8k is not made by prepare, which makes sums-in-range, sums-hard"),
         ("prepare.tiers={per_tier: 4}", "tiers need a column of pass rates"),
         ("prepare.near_match=0", "prepare.near_match: input should be greater than 0"),
     ],

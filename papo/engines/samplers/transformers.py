@@ -86,6 +86,15 @@ class TransformersSampler:
                 where=f"prompt {prompt[:60]!r}",
                 fix="raise rollout.max_prompt_tokens or drop the problem in prepare",
             )
+        # Beyond its positions a policy crashes or, with rotary embeddings, goes on as it was never trained to.
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and len(ids) + self._max_new_tokens > positions:
+            raise DataError(
+                f"a prompt of {len(ids)} tokens and {self._max_new_tokens} new ones do not fit into the {positions} "
+                "positions of the policy",
+                where=f"prompt {prompt[:60]!r}",
+                fix="lower max_new_tokens of the stage, or leave the problem out",
+            )
         return ids
 
     def _left_padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
