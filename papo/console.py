@@ -171,8 +171,9 @@ def comparison_rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
                 }
             )
         if "gain" in policies:
-            gain = _interval(policies["gain"], sign=True)
-            rows.append({"benchmark": benchmark, "policy": "difference", "avg@k": gain})
+            gain = policies["gain"]
+            column = gain["metric"].replace("_at_", "@")
+            rows.append({"benchmark": benchmark, "policy": "difference", column: _interval(gain, sign=True)})
     return rows
 
 
@@ -181,13 +182,14 @@ def accuracy_rows(summary: Summary) -> list[dict[str, str]]:
     rows = []
     for benchmark, policies in summary.evaluation.items():
         first, last, gain = policies["warmstart"], policies["final"], policies["gain"]
+        other = "" if gain["metric"] == "avg_at_k" else f" in {gain['metric'].replace('_at_', '@')}"
         rows.append(
             {
                 "benchmark": benchmark,
                 "tier": "all",
                 f"warm start avg@{first['k']}": _interval(first["avg_at_k"]),
                 f"final avg@{last['k']}": _interval(last["avg_at_k"]),
-                "gain": _interval(gain, sign=True),
+                "gain": _interval(gain, sign=True) + other,
                 "length": f"{first['length_mean']:.1f} -> {last['length_mean']:.1f}",
             }
         )

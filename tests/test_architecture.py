@@ -101,7 +101,7 @@ def closure(name: str) -> set[str]:
 
 # Which engine the pipeline hands to a stage; the stage itself knows only the Protocol.
 ENGINES = {
-    "prepare": ["papo.engines.sources"],
+    "prepare": ["papo.engines.sources", "papo.engines.verifiers.math_verify"],
     "warmstart": ["papo.engines.warmstart"],
     "rollout": ["papo.engines.samplers"],
     "score_orm": ["papo.engines.verifiers"],

@@ -31,6 +31,10 @@ def estimate(value: float, low: float | None = None, high: float | None = None) 
     return {"value": value, "low": low, "high": high}
 
 
+def gain(*interval: float) -> dict[str, Any]:
+    return {**estimate(*interval), "metric": "avg_at_k", "of": "final"}
+
+
 def policy(value: float, **tiers: float) -> dict[str, Any]:
     return {
         "avg_at_k": estimate(value, value - 0.05, value + 0.05), "k": 4, "length_mean": 20.0,
@@ -41,8 +45,8 @@ def policy(value: float, **tiers: float) -> dict[str, Any]:
 def summary(**change: Any) -> Summary:
     facts: dict[str, Any] = {
         "evaluation": {
-            "easy": {"warmstart": policy(0.4, a=0.3, b=0.5), "final": policy(0.6, a=0.6, b=0.6), "gain": estimate(0.2, 0.1, 0.3)},
-            "hard": {"warmstart": policy(0.1, c=0.1), "final": policy(0.05, c=0.05), "gain": estimate(-0.05)},
+            "easy": {"warmstart": policy(0.4, a=0.3, b=0.5), "final": policy(0.6, a=0.6, b=0.6), "gain": gain(0.2, 0.1, 0.3)},
+            "hard": {"warmstart": policy(0.1, c=0.1), "final": policy(0.05, c=0.05), "gain": gain(-0.05)},
         },
         "first": {"accuracy": 0.25, "length_mean": 20.0},
         "last": {"accuracy": 0.75, "length_mean": 30.0, "truncated_share": 0.5},
