@@ -20,7 +20,7 @@ from papo.errors import ParamsError
 
 Variant = Literal["orm", "prm", "mult", "fullnorm", "papo", "gdpo", "convex", "capo"]
 Format = Literal[
-    "auto", "columns", "verl", "numina", "gsm8k", "math", "olympiadbench", "aime", "gpqa", "humaneval"
+    "auto", "columns", "papo", "verl", "numina", "gsm8k", "math", "olympiadbench", "aime", "gpqa", "humaneval"
 ]  # fmt: skip
 Metric = Literal["avg_at_k", "pass_at_k", "maj_at_k"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

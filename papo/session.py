@@ -162,6 +162,8 @@ class Session:
             content["metrics"] |= {f"alarm_{name}": float(name in ringing) for name in ALARMS}
             content["metrics"]["alarms"] = float(len(ringing))
         self._tracker.stage(step.stage, step.round, content)
+        if step.stage == "prepare":
+            self._tracker.artifact(self.workspace.problems / "card.json")
 
     def finish(self) -> Summary:
         """Records outputs with DVC and the result with the tracker."""

@@ -24,7 +24,7 @@ from papo.store.files import digest, read_json
 from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
 from papo.store.manifest import Context
-from papo.store.tables import read_rows
+from papo.store.tables import read_rows, write_rows
 
 STEPS = 9
 OTHER = "report.title=another run"
@@ -42,6 +42,7 @@ class Recorder(NullTracker):
     def __init__(self, fail: BaseException | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.tags: dict[str, str] = {}
+        self.artifacts: list[str] = []
         self.metrics: dict[str, dict[str, float]] = {}
         self._fail = fail
 
@@ -57,6 +58,10 @@ class Recorder(NullTracker):
 
     def tag(self, key: str, value: str) -> None:
         self.tags[key] = value
+
+    def artifact(self, path: Path) -> None:
+        assert path.exists()
+        self.artifacts.append(path.as_posix())
 
     def policy(self, path: Path, name: str, metrics: Mapping[str, float]) -> None:
         self.calls.append(("policy", name, sorted(metrics)))
@@ -179,6 +184,24 @@ def test_pass_rates_of_a_reference_policy(here: Path) -> None:
     assert main(["pass-rates", "--k", "0"]) == 2
 
 
+def test_measured_pass_rates_make_the_tiers_of_the_next_run(here: Path) -> None:
+    assert main(["pass-rates", "--k", "2", "--out", "rates.parquet"]) == 0
+    measured = read_rows(Path("rates.parquet"), PROBLEMS)
+    for number, row in enumerate(measured):  # the tiny policy solves none
+        row["pass_rate"] = (number % 6) / 5
+    write_rows(Path("rates.parquet"), PROBLEMS, measured)
+    again = ["--workspace", "again", "--set", "prepare.source=rates.parquet", "--set", "prepare.holdout=3"]
+    again += ["--set", "prepare.tiers={per_tier: 1, pass_rate: pass_rate}", "--set", "evaluate.benchmarks=[holdout]"]
+    assert main(["prepare", *again, "--set", "prepare.prompt_template='Solve {prompt}'"]) == 0
+    rows = read_rows(Path("again/data/problems/train.parquet"), PROBLEMS)
+    assert (
+        sorted(row["tier"] for row in rows) == ["0-0.125", "0.125-0.375", "0.375-0.625", "0.625-0.875", "0.875-1"][1:]
+    )
+    known = {row["problem_id"]: row for row in measured}
+    for row in rows:  # the same problems, worded once
+        assert row == known[row["problem_id"]] | {"tier": row["tier"]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -284,6 +307,7 @@ def test_a_run_is_recorded_whole_also_where_its_steps_had_been_done_before(here:
     assert policy == ("policy", "final", ["sums-hard", "sums-in-range"])
     assert finish[:2] == ("finish", "FINISHED")
     assert {"overhead_share", "sums-hard/warmstart/avg_at_k"} <= set(finish[2])
+    assert tracker.artifacts == [(here / name).as_posix() for name in ("data/problems/card.json", "artifacts/report")]
     assert tracker.tags["papo.lineage"] == lineage(run.params)
     assert tracker.tags["papo.workspace"] == str(here.resolve())
     assert summary.report.is_file()

@@ -9,12 +9,13 @@ from functools import partial
 from types import ModuleType
 
 from papo.engines.protocols import Drop, Problem
-from papo.engines.sources import aime, columns, gpqa, gsm8k, humaneval, math, numina, olympiadbench, verl
+from papo.engines.sources import aime, columns, gpqa, gsm8k, humaneval, math, numina, olympiadbench, papo, verl
 from papo.engines.sources.rows import Row, read_rows, refuse_repeated_ids
 from papo.params import ColumnsParams, EvalSource, PrepareParams
 
 # In the order in which `auto` tries them: those with more columns of their own come first.
 RECOGNISED: dict[str, ModuleType] = {
+    "papo": papo,
     "humaneval": humaneval,
     "gpqa": gpqa,
     "verl": verl,
@@ -88,7 +89,7 @@ class DatasetSource:
         grading = item.grading
         if asked is not None and asked.extraction is not None and grading.kind != "code":
             grading = grading.model_copy(update={"extraction": asked.extraction})
-        template = self._template(item, asked.prompt if asked is not None else None)
+        template = "{prompt}" if name == "papo" else self._template(item, asked.prompt if asked is not None else None)
         return replace(item, prompt=template.format(prompt=item.prompt), grading=grading, format=name)
 
     def _template(self, item: Problem, own: str | None) -> str:
@@ -103,7 +104,8 @@ class DatasetSource:
             return item
         row = rows[item.row]
         tier = row.optional(p.columns.tier, str) or item.tier
-        return replace(item, tier=tier, pass_rate=row.pass_rate(p.pass_rate_column))
+        rate = row.pass_rate(p.pass_rate_column) if p.pass_rate_column else item.pass_rate
+        return replace(item, tier=tier, pass_rate=rate)
 
 
 def recognised(values: Mapping[str, object]) -> str:
