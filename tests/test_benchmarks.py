@@ -112,6 +112,12 @@ def test_the_prompt_and_the_extraction_are_those_of_the_benchmark(tmp_path: Path
     assert warnings[0].startswith("gsm8k has 2 problems, 1319 are in a whole copy: ")
 
 
+def test_a_template_without_a_box_is_laid_over_a_prompt_with_one(tmp_path: Path) -> None:
+    source = written(tmp_path / "g.jsonl", {"question": r"In a \boxed{}?", "answer": "#### 5"})
+    (problem,) = problems(prepared(gsm8k={"source": source, "prompt": "Now: {prompt}"}), [])
+    assert problem.prompt == r"Now: In a \boxed{}?"
+
+
 def test_a_part_is_drawn_by_the_seed_and_keeps_the_order(tmp_path: Path) -> None:
     rows = [{"question": f"{n} and {n}?", "answer": f"#### {2 * n}"} for n in range(50)]
     source = {"source": written(tmp_path / "g.jsonl", *rows), "problems": 50, "max_problems": 10}

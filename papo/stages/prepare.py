@@ -71,7 +71,7 @@ def run(
 
     Args:
         unreadable: which of many gold answers in mathematics no answer can be compared with. Such a training problem is dropped;
-            of a benchmark it is kept, has no verdict, and is warned about.
+            of a benchmark it is kept and warned about.
 
     Raises:
         DataError: no problems are left, saying how many were dropped why; or a problem twice.
@@ -82,10 +82,12 @@ def run(
     read = {"train": list(engine.train())} | {name: list(items) for name, items in engine.benchmarks().items()}
     dropped: dict[str, list[Drop]] = {name: [] for name in read}
     benchmarks = {name: _kept(items, dropped[name]) for name, items in read.items() if name != "train"}
-    usable, held_out = _split(_kept(_usable(read["train"], params, unreadable), dropped["train"]), params)
+    bad = unreadable(_golds(item for items in read.values() for item in items))
+    usable, held_out = _split(_kept(_usable(read["train"], params, bad), dropped["train"]), params)
     for name, problems in benchmarks.items():
-        if bad := unreadable(_golds(problems)):
-            context.warn(f"{len(bad)} gold answers of {name} cannot be read, so no answer gets a verdict: {_few(bad)}")
+        if unread := [gold for gold in _golds(problems) if gold in bad]:
+            what = f"{len(unread)} gold answers of {name} are not readable as mathematics, and compared only as text"
+            context.warn(f"{what}: {_few(unread)}")
     benchmarks |= held_out
     clean = _kept(_clean(usable, benchmarks, params), dropped["train"])
     train = _drawn(clean, params, context.warn)
@@ -176,8 +178,7 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join([first, *more[:2]]) + (", ..." if len(more) > 2 else "")
 
 
-def _usable(items: Sequence[Item], params: PrepareParams, unreadable: Unreadable) -> Iterator[Item]:
-    bad = unreadable(_golds(items))
+def _usable(items: Iterable[Item], params: PrepareParams, bad: Mapping[str, str]) -> Iterator[Item]:
     for item in items:
         if isinstance(item, Drop):
             yield item

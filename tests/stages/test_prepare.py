@@ -115,6 +115,16 @@ def test_a_near_match_is_left_out_with_the_problem_it_is_like(tmp_path: Path, co
     assert len(prompts(tmp_path / "all/train.parquet")) == 2
 
 
+def test_a_gold_answer_of_a_benchmark_that_cannot_be_read_is_kept_and_told(
+    tmp_path: Path, context: Context, warned: list[str]
+) -> None:
+    source = FakeSource([problem("a")], {"bench": [problem("b"), problem("c", "\\frac{")]})
+    unreadable = {"\\frac{": "unparsable_gold"}
+    run(tmp_path / "problems", source, context, unreadable=lambda golds: unreadable)
+    assert prompts(tmp_path / "problems/eval/bench.parquet") == ["b", "c"]
+    assert warned == ["1 gold answers of bench are not readable as mathematics, and compared only as text: '\\\\frac{'"]
+
+
 def test_every_drop_has_its_reason(tmp_path: Path, context: Context) -> None:
     items = [
         problem("good"),

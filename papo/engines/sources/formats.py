@@ -29,7 +29,7 @@ FORMATS = RECOGNISED | {"aime": aime}
 Item = Problem | Drop
 
 ANSWER_MARK = r"\boxed"
-"""A prompt that holds it says how it is to be answered."""
+"""A prompt that holds it says itself how it is to be answered, and is not told so twice."""
 
 
 class DatasetSource:
@@ -93,10 +93,10 @@ class DatasetSource:
         return replace(item, prompt=template.format(prompt=item.prompt), grading=grading, format=name)
 
     def _template(self, item: Problem, own: str | None) -> str:
-        if own is not None:  # a row of verl's schema may say itself how it is to be answered
-            return "{prompt}" if ANSWER_MARK in item.prompt else own
-        # Code is gone on with, to the last space.
-        return "{prompt}" if item.grading.kind == "code" else self._params.prompt_template
+        # Code is gone on with, to the last space, unless the benchmark asks in words.
+        general = "{prompt}" if item.grading.kind == "code" else self._params.prompt_template
+        template = general if own is None else own
+        return "{prompt}" if ANSWER_MARK in template and ANSWER_MARK in item.prompt else template
 
     def _rated(self, item: Item, rows: Sequence[Row]) -> Item:
         p = self._params
