@@ -271,7 +271,7 @@ class ScoreOrmParams(_Section):
     """Outcome: is the last boxed answer equal to the gold answer, does the program pass its tests?"""
 
     verifier: Literal["math-verify"] = "math-verify"
-    timeout_s: float = Field(2.5, gt=0.0, le=600.0, description="Limit for one pair of answers.")
+    timeout_s: float = Field(2.0, gt=0.0, le=600.0, description="Limit for one pair of answers.")
     workers: int = Field(
         1, ge=1, le=256, description="Child processes for what strings do not settle; programs at a time."
     )

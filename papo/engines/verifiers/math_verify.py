@@ -79,7 +79,7 @@ class MathVerifier:
         checker: compares the pairs that text does not settle; a test hands in a fake.
     """
 
-    def __init__(self, *, timeout_s: float = 2.5, workers: int = 1, checker: Checker | None = None) -> None:
+    def __init__(self, *, timeout_s: float = 2.0, workers: int = 1, checker: Checker | None = None) -> None:
         self._checker = checker or partial(in_children, compare, timeout_s=timeout_s, workers=workers)
 
     def verify(self, items: Sequence[VerifyItem], progress: Progress) -> list[Verdict]:
@@ -105,7 +105,7 @@ class MathVerifier:
         return {name: metadata.version(name) for name in _LIBRARIES}
 
 
-def unreadable_golds(golds: Iterable[str], *, timeout_s: float = 2.5, workers: int = 1) -> dict[str, str]:
+def unreadable_golds(golds: Iterable[str], *, timeout_s: float = 2.0, workers: int = 1) -> dict[str, str]:
     """Gold answers that no answer can be compared with, each with its outcome: unparsable_gold, timeout or error.
 
     Numbers are readable as they stand; the others are parsed in child processes.
