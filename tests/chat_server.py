@@ -80,10 +80,11 @@ Reply = Callable[[Asked], Raw | str]
 
 
 class ChatServer:
-    """What it was asked, and how many requests it held at most at a time."""
+    """What it was asked, how many requests it held at most at a time, and where to it was asked to be a proxy, which it refuses."""
 
     def __init__(self, reply: Reply) -> None:
         self.asked: list[Asked] = []
+        self.tunnels: list[str] = []
         self.most = 0
         self.closing = threading.Event()
         self._reply, self._now, self._lock = reply, 0, threading.Lock()
@@ -93,6 +94,10 @@ class ChatServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 server._answer(self, Asked(self.path, self.headers["authorization"], body))
+
+            def do_CONNECT(self) -> None:
+                server.tunnels.append(self.path)
+                self.send_error(403)
 
             def log_message(self, format: str, *arguments: Any) -> None: ...
 

@@ -191,10 +191,15 @@ def test_the_texts_are_sent_as_they_are() -> None:
 
 
 def test_the_environment_moves_no_question_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    with chat_server(lambda asked: "different") as server, chat_server(lambda asked: "equivalent") as other:
-        monkeypatch.setenv("OPENAI_BASE_URL", other.url)
-        assert opinions(server, HALF) == [Opinion(0.0, "ok")]
-        assert other.asked == []
+    """Where a question goes is what the params say; a proxy, which refuses, shows it and lets nothing out of this machine."""
+    with chat_server(lambda asked: "equivalent") as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("HTTPS_PROXY", server.url.removesuffix("/v1"))
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
+        (found,) = opinions(server, HALF, base_url=None)
+        assert set(server.tunnels) == {"api.openai.com:443"}
+        assert server.asked == []
+    assert found == Opinion(None, "error", "APIConnectionError")
 
 
 @pytest.mark.parametrize(

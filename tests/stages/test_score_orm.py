@@ -119,7 +119,7 @@ OUTCOME = ("round", "problem_id", "sample_index", "orm_score", "extracted", "sta
 # Of the first problem, whose gold answer is 3, then of the second, whose is 9.
 VERDICTS = [
     RIGHT, Verdict(0.0, "three", "ok"), Verdict(0.0, "4", "ok"), Verdict(0.0, "three", "ok"),
-    Verdict(0.0, "4", "ok"), NONE, TIMEOUT, Verdict(0.0, None, "ok"),
+    Verdict(0.0, "4", "ok"), Verdict(0.0, "", "no_answer"), TIMEOUT, Verdict(0.0, None, "ok"),
 ]  # fmt: skip
 
 
