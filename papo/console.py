@@ -292,7 +292,7 @@ def reason_lines(responses: list[Response]) -> list[str]:
 def disputed_lines(responses: list[Response]) -> list[str]:
     """Where the second opinion is not that of the verifier."""
     disputed = [response for response in responses if response.disputed]
-    said = "the model holds {} for equivalent to the gold answer; the outcome is the verifier's, wrong"
+    said = "the model calls {} equivalent to the gold answer; the outcome stays the verifier's: wrong"
     return _numbered(disputed, [said.format(_shortened(response.extracted or "-")) for response in disputed])
 
 

@@ -300,7 +300,7 @@ def test_a_second_opinion_is_asked_recorded_and_shown(
     assert main(["score-prm", "--round", "0"]) == main(["advantage", "--round", "0"]) == 0
     capsys.readouterr()
     assert main(["explain", rows[0]["problem_id"], "--round", "0"]) == 0
-    line = "the model holds 1234 for equivalent to the gold answer; the outcome is the verifier's, wrong"
+    line = "the model calls 1234 equivalent to the gold answer; the outcome stays the verifier's: wrong"
     assert f"Second opinion\n   {rows[0]['sample_index']}  {line}\nWhat" in capsys.readouterr().out
 
 

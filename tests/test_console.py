@@ -165,7 +165,7 @@ def test_a_line_where_the_second_opinion_is_another_and_no_section_where_it_is_n
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     disputed = response(sample_index=12, orm=0.0, extracted="6\x1b[2J", disputed=True)
-    line = "12  the model holds 6 [2J for equivalent to the gold answer; the outcome is the verifier's, wrong"
+    line = "12  the model calls 6 [2J equivalent to the gold answer; the outcome stays the verifier's: wrong"
     assert disputed_lines([response(), disputed]) == [line]
     show_explained(explained(response(), disputed))
     assert f"Second opinion\n  {line}\nWhat the judge said" in capsys.readouterr().out
