@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -267,6 +269,40 @@ class SandboxParams(_Section):
         return self
 
 
+class SecondOpinionParams(_Section):
+    """A model that is asked about answers which the verifier calls wrong; what it says is recorded and changes no outcome."""
+
+    model: str = Field(min_length=1)
+    base_url: str | None = Field(
+        None, description="Of an OpenAI-compatible server, such as http://localhost:8000/v1; null: that of OpenAI."
+    )
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="Environment variable with the key; need not be set where base_url is."
+    )
+    concurrency: int = Field(8, ge=1, le=256, description="Questions at a time.")
+    timeout_s: float = Field(60.0, gt=0.0, le=3600.0, description="For one question with all its tries.")
+
+    # Of the model as a whole, as errors of a field show its value, which may be a key in the wrong place.
+    @model_validator(mode="after")
+    def _without_secrets(self) -> SecondOpinionParams:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "api_key_env takes the name of an environment variable, such as OPENAI_API_KEY; never the key"
+            )
+        if self.base_url is not None and not _plain_url(self.base_url):
+            raise ValueError("base_url takes http(s)://host[:port][/path], without user, password or query")
+        return self
+
+
+def _plain_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return whole and not ("@" in parts.netloc or "?" in url or "#" in url or any(char.isspace() for char in url))
+
+
 class ScoreOrmParams(_Section):
     """Outcome: is the last boxed answer equal to the gold answer, does the program pass its tests?"""
 
@@ -276,6 +312,7 @@ class ScoreOrmParams(_Section):
         1, ge=1, le=256, description="Child processes for what strings do not settle; programs at a time."
     )
     sandbox: SandboxParams = SandboxParams()
+    second_opinion: SecondOpinionParams | None = None
     max_failed_share: Share = 0.05
 
 
@@ -527,7 +564,8 @@ def _known_keys(location: Sequence[str]) -> list[str]:
     for part in location:
         field = model.model_fields.get(part) if model is not None else None
         annotation = field.annotation if field is not None else None
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        either = (annotation, *get_args(annotation))  # a section that may be null
+        model = next((one for one in either if isinstance(one, type) and issubclass(one, BaseModel)), None)
     return list(model.model_fields) if model is not None else []
 
 

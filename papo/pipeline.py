@@ -129,14 +129,17 @@ def _rollout(params: Params, workspace: Workspace, context: Context, round_: int
 
 
 def _score_orm(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+    from papo.engines.second_opinion import make_second_opinion
     from papo.engines.verifiers import make_verifier
 
     inputs = score_orm.Inputs(
         round=round_, rollouts=workspace.table(round_, "rollouts"), problems=workspace.train_problems
     )
-    engine = make_verifier(params.score_orm)
+    engine, second_opinion = make_verifier(params.score_orm), make_second_opinion(params.score_orm.second_opinion)
     out = workspace.table(round_, "orm")
-    return score_orm.run(params.score_orm, _there(inputs, workspace), out, engine=engine, context=context)
+    return score_orm.run(
+        params.score_orm, _there(inputs, workspace), out, engine=engine, second_opinion=second_opinion, context=context
+    )
 
 
 def _score_prm(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:

@@ -104,7 +104,7 @@ ENGINES = {
     "prepare": ["papo.engines.sources", "papo.engines.verifiers.math_verify"],
     "warmstart": ["papo.engines.warmstart"],
     "rollout": ["papo.engines.samplers"],
-    "score_orm": ["papo.engines.verifiers"],
+    "score_orm": ["papo.engines.verifiers", "papo.engines.second_opinion"],
     "score_prm": ["papo.engines.judges"],
     "advantage": ["papo.engines.tokenizer"],
     "train": ["papo.engines.trainer"],
