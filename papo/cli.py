@@ -84,9 +84,10 @@ def _parser() -> argparse.ArgumentParser:
             compare = "only show what X would make of the stored scores, against the stored advantages; all rounds without --round"
             stage.add_argument("--compare", action="store_true", help=compare)
         if name == "evaluate":
-            stage.add_argument(
-                "--benchmark", action="append", metavar="B", help="as --set evaluate.benchmarks; may be repeated"
+            benchmark = (
+                "as --set evaluate.benchmarks; with --policy also one of papo/benchmarks, or B=SOURCE; may be repeated"
             )
+            stage.add_argument("--benchmark", action="append", metavar="B", help=benchmark)
             stage.add_argument("--k", type=int, metavar="K", help="as --set evaluate.samples_per_problem")
             stage.add_argument(
                 "--policy", metavar="P", help="evaluate this one: warmstart, final, round-<k> or a folder"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from papo.engines.tracking import make_tracker
 from papo.engines.versioning import Dvc
 from papo.errors import UserError
 from papo.inspection import check_variant, explain_problem, rederive, signals_and_alarms
-from papo.params import Params, load_params
+from papo.params import GENERATED, Params, defined_benchmarks, load_params
 from papo.pipeline import Step, evaluate_policies, measure_pass_rates, run_step, steps
 from papo.session import Session, Summary, share_start
 from papo.store.files import read_json
@@ -39,7 +39,7 @@ def dispatch(options: argparse.Namespace) -> int:
     if options.command == "dvc":
         return write_dvc(check=options.check)
     params = load_params(preset=options.preset, overrides=overrides(options))
-    stay_offline(params)
+    stay_offline(params, _further_sources(params, options))
     if options.command == "params":
         sys.stdout.writelines(f"{key} = {value}\n" for key, value in params.flat().items())
         return 0
@@ -77,7 +77,10 @@ def overrides(options: argparse.Namespace) -> list[str]:
         ParamsError: an unknown variant.
     """
     given: list[str] = options.overrides
-    if options.command == "evaluate":
+    if options.command == "evaluate" and options.policy is None:
+        if sourced := [text for text in options.benchmark or () if "=" in text]:
+            fix = "name the policy, or add the benchmark to prepare.eval_sources"
+            raise UserError(f"--benchmark {sourced[0]} needs --policy", where="papo evaluate", fix=fix)
         benchmarks = [f"evaluate.benchmarks=[{', '.join(options.benchmark)}]"] if options.benchmark else []
         return [*given, *benchmarks, *([f"evaluate.samples_per_problem={options.k}"] if options.k is not None else [])]
     if options.command != "advantage" or options.variant is None:
@@ -140,8 +143,20 @@ def compare_policies(params: Params, workspace: Workspace, options: argparse.Nam
         )
     with exclusive(workspace, wait_s=options.wait):
         context = make_context(workspace.work)
-        out, _ = evaluate_policies(params, workspace, context, policy=options.policy, against=options.against)
+        named = dict(map(_named, options.benchmark)) if options.benchmark else None
+        out, _ = evaluate_policies(
+            params, workspace, context,
+            policy=options.policy, against=options.against, benchmarks=named, samples=options.k,
+        )  # fmt: skip
     return out, read_json(out / "metrics.json")
+
+
+def _named(text: str) -> tuple[str, str | None]:
+    """Name and source of `--benchmark NAME=SOURCE`; no source if there is only a name."""
+    name, _, source = text.partition("=")
+    if not name or source != source.strip() or text.endswith("="):
+        raise UserError(f"--benchmark {text}", where="papo evaluate", fix="name it as NAME or NAME=SOURCE")
+    return name, source or None
 
 
 def pass_rates(params: Params, workspace: Workspace, options: argparse.Namespace) -> None:
@@ -156,12 +171,23 @@ def pass_rates(params: Params, workspace: Workspace, options: argparse.Namespace
     log.info("%s: %s", options.out, ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
-def stay_offline(params: Params) -> None:
+def stay_offline(params: Params, further: Sequence[str] = ()) -> None:
     """Tells the Hugging Face libraries not to look at the hub when nothing in the params is there; each look costs seconds."""
     benchmarks = [item.source for item in params.prepare.eval_sources.values()]
-    names = [params.warmstart.checkpoint, params.prepare.source, *benchmarks]
-    if all(name is None or name == "sums" or Path(name).exists() for name in names):
+    names = [params.warmstart.checkpoint, params.prepare.source, *benchmarks, *further]
+    if all(name is None or name in GENERATED or Path(name).exists() for name in names):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _further_sources(params: Params, options: argparse.Namespace) -> list[str]:
+    """Where benchmarks come from that `--benchmark` names and `prepare` does not make."""
+    named = dict(map(_named, getattr(options, "benchmark", None) or []))
+    known = defined_benchmarks()
+    return [
+        source or known.get(name, {}).get("source", name)
+        for name, source in named.items()
+        if source or name not in params.benchmarks_made
+    ]
 
 
 def write_dvc(*, check: bool) -> int:

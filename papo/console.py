@@ -116,6 +116,8 @@ def show_explained(explained: Explained, *, text: bool = False) -> None:
     _section(out, "", explained_notes(explained))
     _section(out, "Why", explained.why.group)
     _section(out, "", _numbered(explained.responses, explained.why.responses))
+    if disputed := disputed_lines(explained.responses):
+        _section(out, "Second opinion", disputed)
     _section(out, f"What the judge said ({explained.judge})", reason_lines(explained.responses))
     if text:
         for response in explained.responses:
@@ -171,8 +173,9 @@ def comparison_rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
                 }
             )
         if "gain" in policies:
-            gain = _interval(policies["gain"], sign=True)
-            rows.append({"benchmark": benchmark, "policy": "difference", "avg@k": gain})
+            gain = policies["gain"]
+            column = gain["metric"].replace("_at_", "@")
+            rows.append({"benchmark": benchmark, "policy": "difference", column: _interval(gain, sign=True)})
     return rows
 
 
@@ -181,13 +184,14 @@ def accuracy_rows(summary: Summary) -> list[dict[str, str]]:
     rows = []
     for benchmark, policies in summary.evaluation.items():
         first, last, gain = policies["warmstart"], policies["final"], policies["gain"]
+        other = "" if gain["metric"] == "avg_at_k" else f" in {gain['metric'].replace('_at_', '@')}"
         rows.append(
             {
                 "benchmark": benchmark,
                 "tier": "all",
                 f"warm start avg@{first['k']}": _interval(first["avg_at_k"]),
                 f"final avg@{last['k']}": _interval(last["avg_at_k"]),
-                "gain": _interval(gain, sign=True),
+                "gain": _interval(gain, sign=True) + other,
                 "length": f"{first['length_mean']:.1f} -> {last['length_mean']:.1f}",
             }
         )
@@ -285,6 +289,13 @@ def reason_lines(responses: list[Response]) -> list[str]:
     lines = _numbered(asked, [response.reason.strip() or "no reason given" for response in asked])
     unasked = [str(response.sample_index) for response in responses if response.prm_status == "not_asked"]
     return [*lines, f"not asked about {', '.join(unasked)}"] if unasked else lines
+
+
+def disputed_lines(responses: list[Response]) -> list[str]:
+    """Where the second opinion is not that of the verifier."""
+    disputed = [response for response in responses if response.disputed]
+    said = "the model calls {} equivalent to the gold answer; the outcome stays the verifier's: wrong"
+    return _numbered(disputed, [said.format(_shortened(response.extracted or "-")) for response in disputed])
 
 
 def time_rows(summary: Summary) -> list[dict[str, str]]:

@@ -96,12 +96,16 @@ class Rederivation:
 
 @dataclass(frozen=True)
 class Response:
-    """One response with its scores (NaN: missing, the status says why), and what others would have made of them."""
+    """One response with its scores (NaN: missing, the status says why), and what others would have made of them.
+
+    `disputed`: the verifier calls it wrong, and the second opinion equivalent to the gold answer.
+    """
 
     sample_index: int
     orm: float
     orm_status: str
     extracted: str | None
+    disputed: bool
     prm: float
     prm_status: str
     reason: str
@@ -334,6 +338,7 @@ def _responses(scored: ScoredRound, rollouts: list[dict[str, Any]], rows: list[i
             orm=float(orm[at]),
             orm_status=scored.orm[at]["status"],
             extracted=scored.orm[at]["extracted"],
+            disputed=bool(orm[at] == 0.0 and scored.orm[at]["second_opinion"] == 1.0),
             prm=float(prm[at]),
             prm_status=scored.prm[at]["status"],
             reason=scored.prm[at]["reason"],

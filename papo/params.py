@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from papo.errors import ParamsError
 
 Variant = Literal["orm", "prm", "mult", "fullnorm", "papo", "gdpo", "convex", "capo"]
 Format = Literal[
-    "auto", "columns", "verl", "numina", "gsm8k", "math", "olympiadbench", "aime", "gpqa", "humaneval"
+    "auto", "columns", "papo", "verl", "numina", "gsm8k", "math", "olympiadbench", "aime", "gpqa", "humaneval"
 ]  # fmt: skip
+Metric = Literal["avg_at_k", "pass_at_k", "maj_at_k"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
+GENERATED = ("sums",)
+"""Sources that are made here, not read."""
+
 PRESETS = Path("infra/presets")
+BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
 class _Section(BaseModel):
@@ -90,14 +98,59 @@ class ColumnsParams(_Section):
     pass_rate: str | None = None
 
 
+def _template(value: str) -> str:
+    """A prompt template in which {prompt} stands, and no other name."""
+    if "{prompt}" not in value:
+        raise ValueError("must contain {prompt}")
+    try:
+        value.format(prompt="")
+    except (IndexError, KeyError, ValueError):
+        raise ValueError("only {prompt} may stand in single braces; double all others: \\boxed{{}}") from None
+    return value
+
+
+Template = Annotated[str, AfterValidator(_template)]
+
+
 class EvalSource(_Section):
-    """One benchmark: a local file or a hub id, and how it is read. A plain string is the source alone."""
+    """One benchmark: a local file or a hub id, how it is read, asked, graded and summed up.
+
+    Those of papo/benchmarks/ are taken by their name: `math-500: null` is the file papo/benchmarks/math-500.yaml as it stands,
+    `math-500: path` the same with another source, and a mapping is laid over it key by key; `benchmark: math-500` names the file where
+    the key of the entry is another. A plain string is the source alone.
+    """
 
     source: str = Field(min_length=1)
     format: Format = "auto"
     split: str | None = Field(None, description="Of the hub; null: prepare.eval_split.")
     subset: str | None = Field(None, description="Of the hub, such as gpqa_diamond.")
     revision: str | None = None
+    prompt: Template | None = Field(None, description="What is said around {prompt}; null: prepare.prompt_template.")
+    extraction: Literal["boxed", "answer_is"] | None = Field(None, description="null: as the format has it.")
+    metric: Metric = Field("avg_at_k", description="What the paired difference and the report's first line are about.")
+    problems: int | None = Field(None, ge=1, description="In a whole copy; another number is warned about.")
+    max_problems: int | None = Field(None, ge=1, description="So many of them, drawn by prepare.seed; null: all.")
+
+
+@lru_cache
+def defined_benchmarks() -> dict[str, dict[str, Any]]:
+    """The files of papo/benchmarks/ by name, each the keys of an EvalSource."""
+    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(BENCHMARKS.glob("*.yaml"))}
+
+
+def _benchmark(name: str, entry: Any) -> Any:
+    """The entry laid over the file of its name; its source alone if it is a string."""
+    given = {} if entry is None else {"source": entry} if isinstance(entry, str) else entry
+    if not isinstance(given, Mapping):
+        return given
+    known = defined_benchmarks()
+    wanted = given.get("benchmark", name)
+    if wanted not in known and ("benchmark" in given or entry is None):
+        raise ValueError(f"{wanted} is no file of papo/benchmarks ({', '.join(known)}): name one, or a source")
+    definition = known.get(wanted, {})
+    if "source" in given:  # where in the hub's data set it lies says nothing of another source
+        definition = {key: value for key, value in definition.items() if key not in ("split", "subset", "revision")}
+    return definition | {key: value for key, value in given.items() if key != "benchmark"}
 
 
 class TiersParams(_Section):
@@ -128,14 +181,12 @@ class PrepareParams(_Section):
         0.7, gt=0.0, le=1.0, description="Likeness to a benchmark's problem that drops one; null: only equal ones."
     )
     tiers: TiersParams | None = None
-    prompt_template: str = "{prompt}"
+    prompt_template: Template = "{prompt}"
 
     @field_validator("eval_sources", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {name: {"source": item} if isinstance(item, str) else item for name, item in value.items()}
+        return {name: _benchmark(name, item) for name, item in value.items()} if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> PrepareParams:
@@ -150,17 +201,6 @@ class PrepareParams(_Section):
     def pass_rate_column(self) -> str | None:
         """Column of the training set's pass rates."""
         return (self.tiers.pass_rate if self.tiers else None) or self.columns.pass_rate
-
-    @field_validator("prompt_template")
-    @classmethod
-    def _has_prompt(cls, value: str) -> str:
-        if "{prompt}" not in value:
-            raise ValueError("must contain {prompt}")
-        try:
-            value.format(prompt="")
-        except (IndexError, KeyError, ValueError):
-            raise ValueError("only {prompt} may stand in single braces; double all others: \\boxed{{}}") from None
-        return value
 
 
 class ModelParams(_Section):
@@ -230,15 +270,50 @@ class SandboxParams(_Section):
         return self
 
 
+class SecondOpinionParams(_Section):
+    """A model that is asked about answers which the verifier calls wrong; what it says is recorded and changes no outcome."""
+
+    model: str = Field(min_length=1)
+    base_url: str | None = Field(
+        None, description="Of an OpenAI-compatible server, such as http://localhost:8000/v1; null: that of OpenAI."
+    )
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="Environment variable with the key; need not be set where base_url is."
+    )
+    concurrency: int = Field(8, ge=1, le=256, description="Questions at a time.")
+    timeout_s: float = Field(60.0, gt=0.0, le=3600.0, description="For one question with all its tries.")
+
+    # Of the model as a whole, as errors of a field show its value, which may be a key in the wrong place.
+    @model_validator(mode="after")
+    def _without_secrets(self) -> SecondOpinionParams:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "api_key_env takes the name of an environment variable, such as OPENAI_API_KEY; never the key"
+            )
+        if self.base_url is not None and not _plain_url(self.base_url):
+            raise ValueError("base_url takes http(s)://host[:port][/path], without user, password or query")
+        return self
+
+
+def _plain_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return whole and not ("@" in parts.netloc or "?" in url or "#" in url or any(char.isspace() for char in url))
+
+
 class ScoreOrmParams(_Section):
     """Outcome: is the last boxed answer equal to the gold answer, does the program pass its tests?"""
 
     verifier: Literal["math-verify"] = "math-verify"
-    timeout_s: float = Field(3.0, gt=0.0, le=600.0, description="Limit for one pair of answers.")
+    timeout_s: float = Field(2.0, gt=0.0, le=600.0, description="Limit for one pair of answers.")
     workers: int = Field(
         1, ge=1, le=256, description="Child processes for what strings do not settle; programs at a time."
     )
     sandbox: SandboxParams = SandboxParams()
+    second_opinion: SecondOpinionParams | None = None
     max_failed_share: Share = 0.05
 
 
@@ -308,11 +383,30 @@ class EvaluateParams(_Section):
     confidence: float = Field(0.95, gt=0.0, lt=1.0)
     max_failed_share: Share = Field(0.05, description="Samples without a verdict, above which the stage stops.")
     every: int = Field(0, ge=0, description="Also evaluate every n-th round; 0: only warm start and final policy.")
+    checkpoint: Literal["last", "best"] | Annotated[int, Field(ge=0)] = Field(
+        "last",
+        description="Which policy is the final one, for all benchmarks: of the last round, of round n, or the best.",
+    )
+    choose_on: str | None = Field(
+        None, description="checkpoint best: the benchmark whose avg@k chooses among the evaluated rounds."
+    )
 
     @model_validator(mode="after")
     def _sampled(self) -> EvaluateParams:
         if self.temperature == 0.0 and self.samples_per_problem > 1:
             raise ValueError(f"temperature 0 with samples_per_problem {self.samples_per_problem} repeats one sample")
+        return self
+
+    @model_validator(mode="after")
+    def _chosen(self) -> EvaluateParams:
+        if (self.checkpoint == "best") != (self.choose_on is not None):
+            raise ValueError(
+                "checkpoint best and choose_on belong together: name the benchmark that chooses, or neither"
+            )
+        if self.checkpoint == "best" and not self.every:
+            raise ValueError("checkpoint best has one policy to choose from: set every, the rounds that are evaluated")
+        if self.choose_on is not None and self.choose_on not in self.benchmarks:
+            raise ValueError(f"choose_on {self.choose_on} is none of benchmarks, {', '.join(self.benchmarks)}")
         return self
 
 
@@ -368,22 +462,36 @@ class Params(_Section):
                 f"rollout.prompts_per_round ({self.rollout.prompts_per_round}) must be a multiple of "
                 f"train.minibatch_prompts ({self.train.minibatch_prompts})"
             )
-        made = self._benchmarks_made()
+        made = self.benchmarks_made
         for name in self.evaluate.benchmarks:
             if name not in made:
-                raise ValueError(f"evaluate.benchmarks: {name} is not made by prepare, which makes {', '.join(made)}")
+                hint = "; add it to prepare.eval_sources" if name in defined_benchmarks() else ""
+                made_by = f"is not made by prepare, which makes {', '.join(made)}"
+                raise ValueError(f"evaluate.benchmarks: {name} {made_by}{hint}")
+        if isinstance(self.evaluate.checkpoint, int) and self.evaluate.checkpoint >= self.run.rounds:
+            raise ValueError(
+                f"evaluate.checkpoint: there is no round {self.evaluate.checkpoint}, run.rounds is {self.run.rounds}"
+            )
         return self
 
-    def _benchmarks_made(self) -> list[str]:
+    @property
+    def benchmarks_made(self) -> list[str]:
+        """Names of those that prepare makes."""
         if self.prepare.source == "sums":
             return [*self.prepare.sums.eval, *self.prepare.eval_sources]
         return [*self.prepare.eval_sources, *(["holdout"] if self.prepare.holdout else [])]
 
     @property
     def evaluated_rounds(self) -> list[int]:
-        """Rounds whose policies are evaluated: every `evaluate.every`-th and the last."""
+        """Rounds whose policies are evaluated: every `evaluate.every`-th, and the last or the one that `evaluate.checkpoint` names."""
         last, every = self.run.rounds - 1, self.evaluate.every
-        return [*(range(every - 1, last, every) if every else ()), last]
+        chosen = self.evaluate.checkpoint if isinstance(self.evaluate.checkpoint, int) else last
+        return sorted({*(range(every - 1, last, every) if every else ()), chosen})
+
+    def metric(self, benchmark: str) -> Metric:
+        """What the benchmark is summed up by."""
+        source = self.prepare.eval_sources.get(benchmark)
+        return source.metric if source is not None else "avg_at_k"
 
     def flat(self) -> dict[str, Any]:
         """`section.key` -> value, as MLflow and `papo params` show them."""
@@ -429,6 +537,15 @@ def validate_params(values: Mapping[str, Any], *, origin: str) -> Params:
         ) from None
 
 
+def with_values(params: Params, values: Mapping[str, Any]) -> Params:
+    """The params with other values laid over them, as a preset is.
+
+    Raises:
+        ParamsError: as `load_params`.
+    """
+    return validate_params(_merge(params.model_dump(), values), origin="the command's own options")
+
+
 def _problem(item: Any, values: Mapping[str, Any]) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
@@ -448,7 +565,8 @@ def _known_keys(location: Sequence[str]) -> list[str]:
     for part in location:
         field = model.model_fields.get(part) if model is not None else None
         annotation = field.annotation if field is not None else None
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        either = (annotation, *get_args(annotation))  # a section that may be null
+        model = next((one for one in either if isinstance(one, type) and issubclass(one, BaseModel)), None)
     return list(model.model_fields) if model is not None else []
 
 

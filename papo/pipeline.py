@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from papo.errors import MissingInputError, ParamsError
-from papo.params import Params
+from papo.params import Params, defined_benchmarks, with_values
 from papo.schemas import EVALUATION, PROBLEMS
 from papo.stages import advantage, evaluate, prepare, report, rollout, score_orm, score_prm, train, warmstart
+from papo.store.files import read_json
 from papo.store.layout import Workspace
 from papo.store.manifest import Context, Manifest
 from papo.store.tables import read_columns, read_rows, write_rows
@@ -93,9 +95,14 @@ def run_step(step: Step, params: Params, workspace: Workspace, context: Context)
 
 def _prepare(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
     from papo.engines.sources import make_source
+    from papo.engines.verifiers.math_verify import unreadable_golds
 
     inputs = prepare.Inputs(files=prepare.local_files(params.prepare))
-    return prepare.run(params.prepare, inputs, workspace.problems, engine=make_source(params.prepare), context=context)
+    source = make_source(params.prepare, warn=context.warn)
+    unreadable = partial(unreadable_golds, timeout_s=params.score_orm.timeout_s, workers=params.score_orm.workers)
+    return prepare.run(
+        params.prepare, inputs, workspace.problems, engine=source, unreadable=unreadable, context=context
+    )
 
 
 def _warmstart(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
@@ -122,14 +129,17 @@ def _rollout(params: Params, workspace: Workspace, context: Context, round_: int
 
 
 def _score_orm(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+    from papo.engines.second_opinion import make_second_opinion
     from papo.engines.verifiers import make_verifier
 
     inputs = score_orm.Inputs(
         round=round_, rollouts=workspace.table(round_, "rollouts"), problems=workspace.train_problems
     )
-    engine = make_verifier(params.score_orm)
+    engine, second_opinion = make_verifier(params.score_orm), make_second_opinion(params.score_orm.second_opinion)
     out = workspace.table(round_, "orm")
-    return score_orm.run(params.score_orm, _there(inputs, workspace), out, engine=engine, context=context)
+    return score_orm.run(
+        params.score_orm, _there(inputs, workspace), out, engine=engine, second_opinion=second_opinion, context=context
+    )
 
 
 def _score_prm(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
@@ -176,12 +186,21 @@ def _train(params: Params, workspace: Workspace, context: Context, round_: int) 
 
 
 def evaluate_policies(
-    params: Params, workspace: Workspace, context: Context, *, policy: str, against: str | None = None
+    params: Params,
+    workspace: Workspace,
+    context: Context,
+    *,
+    policy: str,
+    against: str | None = None,
+    benchmarks: Mapping[str, str | None] | None = None,
+    samples: int | None = None,
 ) -> tuple[Path, Manifest]:
     """Evaluates a policy, and with `against` the paired difference from another; beside the pipeline's own evaluation.
 
     Args:
         policy, against: `warmstart`, `final`, `round-<k>`, or a folder.
+        benchmarks: by name; with a source, or if `prepare` makes none of that name, it is read on its own. None: evaluate.benchmarks.
+        samples: k; None: evaluate.samples_per_problem.
 
     Returns:
         The folder with metrics.json and the samples of each benchmark, and its manifest.
@@ -193,18 +212,56 @@ def evaluate_policies(
     named = {name: _named_policy(name, params, workspace) for name in (against, policy) if name is not None}
     if policy == against:
         raise ParamsError(f"{policy} against itself", where="--against", fix="name another policy")
+    asked = dict.fromkeys(params.evaluate.benchmarks) if benchmarks is None else benchmarks
+    made = params.benchmarks_made
+    beside = {name: source for name, source in asked.items() if source is not None or name not in made}
+    known = defined_benchmarks()
+    if unknown := [name for name, source in beside.items() if source is None and name not in known]:
+        fix = f"name one of {', '.join([*made, *(name for name in known if name not in made)])}, or NAME=SOURCE"
+        raise ParamsError(f"there is no benchmark {unknown[0]}", where="--benchmark", fix=fix)
+    k = params.evaluate.samples_per_problem if samples is None else samples
+    params = _by_hand(with_values(params, {"prepare": {"eval_sources": beside}}), samples_per_problem=k)
+    tables = {name: workspace.benchmark_beside(name) if name in beside else workspace.benchmark(name) for name in asked}
     inputs = evaluate.Inputs(
         seed=params.run.seed,
         sampler=params.rollout.engine,
         policies=named,
-        benchmarks={name: workspace.benchmark(name) for name in params.evaluate.benchmarks},
+        benchmarks=tables,
+        metrics={name: params.metric(name) for name in asked},
     )
+    # What is there already comes first: a benchmark is not fetched for a policy that does not exist.
+    _there(
+        dataclasses.replace(inputs, benchmarks={n: path for n, path in tables.items() if n not in beside}), workspace
+    )
+    for name in beside:
+        _benchmark_beside(name, params, workspace, context)
     label = "-against-".join(
         Path(name).resolve().name if Path(name).is_dir() else name for name in (policy, against) if name
     )
     out = workspace.comparisons / label
     engine = _evaluation_engine(params)
-    return out, evaluate.run(params.evaluate, _there(inputs, workspace), out, engine=engine, context=context)
+    return out, evaluate.run(params.evaluate, inputs, out, engine=engine, context=context)
+
+
+def _by_hand(params: Params, **changed: Any) -> Params:
+    """For policies and benchmarks that are named: none is chosen among them.
+
+    Raises:
+        ParamsError: a value out of bounds.
+    """
+    return with_values(params, {"evaluate": {"checkpoint": "last", "choose_on": None} | changed})
+
+
+def _benchmark_beside(name: str, params: Params, workspace: Workspace, context: Context) -> None:
+    from papo.engines.sources.formats import DatasetSource
+
+    only = params.prepare.model_copy(update={"eval_sources": {name: params.prepare.eval_sources[name]}})
+    source = only.eval_sources[name].source
+    files = {source: Path(source)} if Path(source).is_file() else {}
+    inputs = prepare.BenchmarkInputs(name=name, files=files, train=workspace.train_problems)
+    engine = DatasetSource(only, warn=context.warn)
+    out = workspace.benchmark_beside(name)
+    prepare.run_benchmark(only, _there(inputs, workspace), out, engine=engine, context=context)
 
 
 def measure_pass_rates(
@@ -228,15 +285,13 @@ def measure_pass_rates(
         policies=named,
         benchmarks={"train": workspace.train_problems},
     )
-    settings = params.evaluate.model_copy(
-        update={
-            "samples_per_problem": samples, "temperature": params.rollout.temperature, "top_p": params.rollout.top_p,
-            "max_new_tokens": params.rollout.max_new_tokens,
-        }
+    params = _by_hand(
+        params, samples_per_problem=samples, temperature=params.rollout.temperature, top_p=params.rollout.top_p,
+        max_new_tokens=params.rollout.max_new_tokens,
     )  # fmt: skip
     tries = workspace.comparisons / f"pass-rates-{Path(policy).name}"
-    engine = _evaluation_engine(params.model_copy(update={"evaluate": settings}))
-    evaluate.run(settings, _there(inputs, workspace), tries, engine=engine, context=context)
+    engine = _evaluation_engine(params)
+    evaluate.run(params.evaluate, _there(inputs, workspace), tries, engine=engine, context=context)
     scores: dict[str, list[float]] = defaultdict(list)
     for row in read_columns(tries / "train.parquet", EVALUATION, "problem_id", "orm_score"):
         if row["orm_score"] is not None:
@@ -252,7 +307,7 @@ def _named_policy(name: str, params: Params, workspace: Workspace) -> Path:
     if name == "warmstart":
         return workspace.warmstart
     if name == "final":
-        return workspace.policy(params.run.rounds - 1)
+        return workspace.policy(final_round(params, workspace))
     if found := re.fullmatch(r"round-(\d+)", name):
         return workspace.policy(int(found[1]))
     if Path(name).is_dir():
@@ -262,15 +317,36 @@ def _named_policy(name: str, params: Params, workspace: Workspace) -> Path:
     )
 
 
+def final_round(params: Params, workspace: Workspace) -> int:
+    """The round whose policy is the final one, by `evaluate.checkpoint`.
+
+    Raises:
+        MissingInputError: it is the best of an evaluation that has not been made.
+    """
+    if params.evaluate.checkpoint != "best":
+        return params.run.rounds - 1 if params.evaluate.checkpoint == "last" else params.evaluate.checkpoint
+    path = workspace.evaluation / "metrics.json"
+    metrics = read_json(path) if path.is_file() else {}
+    chosen = {benchmark.get("gain", {}).get("of", "") for benchmark in metrics.values()}
+    if len(chosen) != 1 or not (found := re.fullmatch(r"round-(\d+)", *chosen)):
+        raise MissingInputError(
+            "which policy is the best is not known yet", where=str(path), fix="run `papo evaluate` with the same params"
+        )
+    return int(found[1])
+
+
 def _evaluate(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
     p = params.evaluate
-    *between, last = params.evaluated_rounds
-    policies = {"warmstart": workspace.warmstart} | {f"round-{k}": workspace.policy(k) for k in between}
+    policies = {"warmstart": workspace.warmstart}
+    policies |= {f"round-{k}": workspace.policy(k) for k in params.evaluated_rounds}
+    if p.checkpoint != "best":
+        policies[evaluate.FINAL] = policies.pop(f"round-{final_round(params, workspace)}")
     inputs = evaluate.Inputs(
         seed=params.run.seed,
         sampler=params.rollout.engine,
-        policies=policies | {"final": workspace.policy(last)},
+        policies=policies,
         benchmarks={name: workspace.benchmark(name) for name in p.benchmarks},
+        metrics={name: params.metric(name) for name in p.benchmarks},
     )
     engine = _evaluation_engine(params)
     return evaluate.run(p, _there(inputs, workspace), workspace.evaluation, engine=engine, context=context)

@@ -15,6 +15,7 @@ KEY = ("round", "problem_id", "sample_index")
 OK = "ok"
 ORM_STATUSES = ("ok", "no_answer", "unparsable_gold", "timeout", "error")
 PRM_STATUSES = ("ok", "not_asked", "timeout", "refused", "unparsable", "error")
+OPINION_STATUSES = ("ok", "not_asked", "timeout", "refused", "unparsable", "error")
 FAILED_STATUSES = frozenset({"unparsable_gold", "timeout", "refused", "unparsable", "error"})
 
 
@@ -119,9 +120,18 @@ ROLLOUTS = Table(
 
 ORM = Table(
     "orm",
-    1,
-    (*_KEY_COLUMNS, ("orm_score", pa.float64()), ("extracted", pa.string()), ("status", pa.string())),
-    frozenset({"orm_score", "extracted"}),
+    2,
+    (
+        *_KEY_COLUMNS,
+        ("orm_score", pa.float64()),
+        ("extracted", pa.string()),
+        ("status", pa.string()),
+        ("detail", pa.string()),  # of a program: passed | failed | timeout | memory | killed | blocked
+        # What a model says of an answer that the verifier calls wrong: 1 equivalent to the gold answer, 0 not. Changes no outcome.
+        ("second_opinion", pa.float64()),
+        ("second_opinion_status", pa.string()),  # one of OPINION_STATUSES
+    ),
+    frozenset({"orm_score", "extracted", "detail", "second_opinion", "second_opinion_status"}),
 )
 
 PRM = Table(

@@ -21,7 +21,7 @@ from papo.core.alarms import ALARMS, Alarm, Limits, alarms, onsets
 from papo.engines.protocols import Tracker
 from papo.engines.versioning import Dvc, git_commit
 from papo.params import Params, to_json
-from papo.pipeline import CODE, Step, run_step
+from papo.pipeline import CODE, Step, final_round, run_step
 from papo.store.files import digest, read_json
 from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
@@ -162,6 +162,8 @@ class Session:
             content["metrics"] |= {f"alarm_{name}": float(name in ringing) for name in ALARMS}
             content["metrics"]["alarms"] = float(len(ringing))
         self._tracker.stage(step.stage, step.round, content)
+        if step.stage == "prepare":
+            self._tracker.artifact(self.workspace.problems / "card.json")
 
     def finish(self) -> Summary:
         """Records outputs with DVC and the result with the tracker."""
@@ -176,7 +178,8 @@ class Session:
         if on_record:
             self._tracker.artifact(self.workspace.report)
             final = {name.split("/")[0]: value for name, value in metrics.items() if "/final/" in name}
-            self._tracker.policy(self.workspace.policy(self.params.run.rounds - 1), "final", final)
+            last = final_round(self.params, self.workspace)
+            self._tracker.policy(self.workspace.policy(last), "final", final)
         dvc = self._dvc.commit() if self._dvc is not None else "not recorded with DVC"
         if on_record and (lock := self.workspace.root / "dvc.lock").is_file():
             self._tracker.tag("papo.dvc_lock", digest(lock))

@@ -27,6 +27,7 @@ HEAVY = frozenset(
         "sympy",
         "rich",
         "matplotlib",
+        "openai",
     ]
 )
 

@@ -54,6 +54,14 @@ def context(tmp_path: Path, warned: list[str]) -> Context:
     return Context(work=tmp_path / ".papo", warn=warned.append)
 
 
+@pytest.fixture
+def keyless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key of whoever runs the tests, and no proxy between a test and its server."""
+    for name in ("OPENAI_API_KEY", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
 class FakeSampler:
     """Answers by the seed of the request alone; `stop` is called before the batch with that number, from 1."""
 
@@ -120,9 +128,10 @@ class SmallRound:
         ]  # fmt: skip
         return self._keyed("rollouts", ROLLOUTS, rows, columns)
 
-    def orm(self, scores: Sequence[float | None]) -> Path:
-        rows = [{"orm_score": score, "status": "timeout" if score is None else "ok"} for score in scores]
-        return self._keyed("orm", ORM, rows, {})
+    def orm(self, scores: Sequence[float | None], **columns: Any) -> Path:
+        given = {"second_opinion_status": "not_asked"}
+        rows = [{"orm_score": score, "status": "timeout" if score is None else "ok"} | given for score in scores]
+        return self._keyed("orm", ORM, rows, columns)
 
     def prm(self, scores: Sequence[float | None], **columns: Any) -> Path:
         given = {"reason": "", "votes": [], "judge": "fake", "rubric": "r", "prompt_tokens": 0, "completion_tokens": 0,

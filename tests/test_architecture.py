@@ -101,10 +101,10 @@ def closure(name: str) -> set[str]:
 
 # Which engine the pipeline hands to a stage; the stage itself knows only the Protocol.
 ENGINES = {
-    "prepare": ["papo.engines.sources"],
+    "prepare": ["papo.engines.sources", "papo.engines.verifiers.math_verify"],
     "warmstart": ["papo.engines.warmstart"],
     "rollout": ["papo.engines.samplers"],
-    "score_orm": ["papo.engines.verifiers"],
+    "score_orm": ["papo.engines.verifiers", "papo.engines.second_opinion"],
     "score_prm": ["papo.engines.judges"],
     "advantage": ["papo.engines.tokenizer"],
     "train": ["papo.engines.trainer"],

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from chat_server import chat_server
 from checkout import HEAVY
 
 from papo.cli import STAGE_HELP, main
 from papo.core.advantages import VARIANTS
 from papo.pipeline import ROUND_STAGES, STAGES
-from papo.schemas import ROLLOUTS
+from papo.schemas import ORM, ROLLOUTS
 from papo.store.files import digest
 from papo.store.layout import Workspace
 from papo.store.lock import exclusive
 from papo.store.manifest import Manifest
-from papo.store.tables import read_columns
+from papo.store.tables import read_columns, read_rows, write_rows
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -282,6 +283,33 @@ def test_explain_shows_scores_reasons_and_texts(scored_checkout: Path, capsys: p
     assert with_text.count("\nResponse ") == 8
     assert main(["explain", "ffff", "--round", "0"]) == 2
     assert "no problem of round 0 begins with ffff" in capsys.readouterr().err
+
+
+def test_a_second_opinion_is_asked_recorded_and_shown(
+    started_checkout: Path, capsys: pytest.CaptureFixture[str], keyless: None
+) -> None:
+    rollouts = Workspace(Path()).table(0, "rollouts")
+    rows = read_rows(rollouts, ROLLOUTS)
+    write_rows(rollouts, ROLLOUTS, [rows[0] | {"completion": "\\boxed{1234}"}, *rows[1:]])
+    with chat_server(lambda asked: "equivalent" if asked.answer == "1234" else "different") as server:
+        setting = f"score_orm.second_opinion={{model: m, base_url: '{server.url}'}}"
+        assert main(["score-orm", "--round", "0", "--set", setting]) == 0
+    assert "1234" in [asked.answer for asked in server.asked]
+    orm = read_columns(Workspace(Path()).table(0, "orm"), ORM, "orm_score", "second_opinion")
+    assert orm[0] == {"orm_score": 0.0, "second_opinion": 1.0}
+    assert main(["score-prm", "--round", "0"]) == main(["advantage", "--round", "0"]) == 0
+    capsys.readouterr()
+    assert main(["explain", rows[0]["problem_id"], "--round", "0"]) == 0
+    line = "the model calls 1234 equivalent to the gold answer; the outcome stays the verifier's: wrong"
+    assert f"Second opinion\n   {rows[0]['sample_index']}  {line}\nWhat" in capsys.readouterr().out
+
+
+def test_a_second_opinion_without_a_key_is_refused(
+    started_checkout: Path, capsys: pytest.CaptureFixture[str], keyless: None
+) -> None:
+    assert main(["score-orm", "--round", "0", "--set", "score_orm.second_opinion.model=m"]) == 2
+    assert "the environment variable OPENAI_API_KEY holds no key" in capsys.readouterr().err
+    assert not Workspace(Path()).table(0, "orm").exists()
 
 
 # Interrupted: a real process, a real SIGINT, the real engines.

@@ -12,6 +12,7 @@ from papo.console import (
     accuracy_rows,
     configure_logging,
     course_rows,
+    disputed_lines,
     make_context,
     reason_lines,
     response_rows,
@@ -31,6 +32,10 @@ def estimate(value: float, low: float | None = None, high: float | None = None) 
     return {"value": value, "low": low, "high": high}
 
 
+def gain(*interval: float) -> dict[str, Any]:
+    return {**estimate(*interval), "metric": "avg_at_k", "of": "final"}
+
+
 def policy(value: float, **tiers: float) -> dict[str, Any]:
     return {
         "avg_at_k": estimate(value, value - 0.05, value + 0.05), "k": 4, "length_mean": 20.0,
@@ -41,8 +46,8 @@ def policy(value: float, **tiers: float) -> dict[str, Any]:
 def summary(**change: Any) -> Summary:
     facts: dict[str, Any] = {
         "evaluation": {
-            "easy": {"warmstart": policy(0.4, a=0.3, b=0.5), "final": policy(0.6, a=0.6, b=0.6), "gain": estimate(0.2, 0.1, 0.3)},
-            "hard": {"warmstart": policy(0.1, c=0.1), "final": policy(0.05, c=0.05), "gain": estimate(-0.05)},
+            "easy": {"warmstart": policy(0.4, a=0.3, b=0.5), "final": policy(0.6, a=0.6, b=0.6), "gain": gain(0.2, 0.1, 0.3)},
+            "hard": {"warmstart": policy(0.1, c=0.1), "final": policy(0.05, c=0.05), "gain": gain(-0.05)},
         },
         "first": {"accuracy": 0.25, "length_mean": 20.0},
         "last": {"accuracy": 0.75, "length_mean": 30.0, "truncated_share": 0.5},
@@ -121,8 +126,8 @@ def test_the_summary_of_a_run_that_had_nothing_to_do(capsys: pytest.CaptureFixtu
 
 def response(**change: Any) -> Response:
     facts: dict[str, Any] = {
-        "sample_index": 0, "orm": 1.0, "orm_status": "ok", "extracted": "6", "prm": 0.5, "prm_status": "ok", "reason": "a gap",
-        "outcome": 0.54, "process": -1.55, "advantage": -1.01, "peers": {"orm": 0.54, "GDPO, TRL": 1e-12}, "tokens": 16,
+        "sample_index": 0, "orm": 1.0, "orm_status": "ok", "extracted": "6", "disputed": False, "prm": 0.5, "prm_status": "ok",
+        "reason": "a gap", "outcome": 0.54, "process": -1.55, "advantage": -1.01, "peers": {"orm": 0.54, "GDPO, TRL": 1e-12}, "tokens": 16,
         "text": "2+4=6",
     }  # fmt: skip
     return Response(**facts | change)
@@ -158,6 +163,18 @@ def test_reasons_by_response_and_who_was_not_asked_about() -> None:
     ]
     assert reason_lines(responses) == [" 0  a gap", "12  no reason given", "not asked about 1"]
     assert reason_lines(responses[:1]) == [" 0  a gap"]
+
+
+def test_a_line_where_the_second_opinion_is_another_and_no_section_where_it_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    disputed = response(sample_index=12, orm=0.0, extracted="6\x1b[2J", disputed=True)
+    line = "12  the model calls 6 [2J equivalent to the gold answer; the outcome stays the verifier's: wrong"
+    assert disputed_lines([response(), disputed]) == [line]
+    show_explained(explained(response(), disputed))
+    assert f"Second opinion\n  {line}\nWhat the judge said" in capsys.readouterr().out
+    show_explained(explained(response()))
+    assert "Second opinion" not in capsys.readouterr().out
 
 
 def test_an_explanation_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,8 +98,8 @@ def test_the_run_of_these_tests_trains_on_something(first: Workspace) -> None:
         assert len(advantages) == 64
         assert any(advantage != 0.0 for advantage in advantages)
         assert Manifest.read(first.policy(round_)).metrics["grad_norm"] > 0
-    # 1 training set, 1 set of traces, 1 benchmark, 4 tables a round, 1 evaluation; warm start and 2 folders a round.
-    assert len(results(first)) == 3 + 2 * 4 + 1 + 1 + 2 * 2
+    # 1 training set, 1 set of traces, 1 of drops, 1 benchmark, 4 tables a round, 1 evaluation; warm start and 2 folders a round.
+    assert len(results(first)) == 4 + 2 * 4 + 1 + 1 + 2 * 2
 
 
 def test_another_folder_gives_the_same_bytes(first: Workspace, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_another_seed_gives_other_samples_of_the_same_problems(first: Workspace,
     params = params_of(run={"seed": 1, "rounds": 1})
     ours, theirs = results(in_this_process(tmp_path, params)), results(first)
     same = {name for name in ours if ours[name] == theirs[name]}
-    problems = {f"data/problems/{name}.parquet" for name in ("train", "traces", "eval/easy")}
+    problems = {f"data/problems/{name}.parquet" for name in ("train", "traces", "dropped", "eval/easy")}
     assert same == problems | {"artifacts/warmstart"}
 
 

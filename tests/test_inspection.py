@@ -49,6 +49,7 @@ def make_round(workspace: Workspace, small_round: Any) -> Any:
         prm: Sequence[float | None] = PRM,
         params: AdvantageParams = DEFAULT,
         answers: dict[str, str] = ANSWERS,
+        opinions: Sequence[float | None] = (None,) * 8,
         **columns: Any,
     ) -> None:
         tables = dataclasses.replace(small_round, folder=workspace.round(number), answers=answers)
@@ -56,7 +57,7 @@ def make_round(workspace: Workspace, small_round: Any) -> Any:
         inputs = advantage.Inputs(
             round=number,
             rollouts=tables.rollouts(completion_ids=completions, logprobs=[[-0.1] * len(ids) for ids in completions]),
-            orm=tables.orm(orm),
+            orm=tables.orm(orm, second_opinion=opinions[: len(orm)]),
             prm=tables.prm(prm, **columns),
         )
         advantage.run(params, inputs, workspace.table(number, "advantages"))
@@ -198,6 +199,16 @@ def test_everything_about_a_problem(workspace: Workspace, make_round: Any) -> No
     assert found.why.responses[2].endswith("= -0.65 < 0: a correct response is pushed down")
     assert found.why.group[0] == "4 responses: 3 correct, 1 wrong"
     assert not found.token_level
+
+
+def test_a_second_opinion_disputes_only_what_the_verifier_calls_wrong(workspace: Workspace, make_round: Any) -> None:
+    """A table that says so of a correct response, or of one without a verdict, is not what the stage writes."""
+    make_round(orm=[1, 0, 0, 0, None, 0, 0, 1], opinions=[1.0, 1.0, 0.0, None, 1.0, None, 1.0, None])
+    for problem, disputed in ((FIRST, [False, True, False, False]), (SECOND, [False, False, True, False])):
+        found = explain_problem(workspace, problem)
+        assert [response.disputed for response in found.responses] == disputed
+    make_round(number=1)
+    assert not any(response.disputed for response in explain_problem(workspace, FIRST).responses)
 
 
 def test_the_peers_see_the_whole_round(workspace: Workspace, make_round: Any) -> None:

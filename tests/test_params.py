@@ -59,6 +59,21 @@ def test_the_paper_preset_carries_the_published_recipe() -> None:
         ("prepare.prompt_template='{prompt} in \\boxed{}'", "only {prompt} may stand in single braces"),
         ("prepare.sums={train: {min_terms: 5, max_terms: 3, problems: 9}}", "min_terms 5 is above max_terms 3"),
         ("run=3", "run: input should be a valid dictionary"),
+        ("score_orm.second_opinion={}", "score_orm.second_opinion.model: field required"),
+        ("score_orm.second_opinion.model=''", "score_orm.second_opinion.model: string should have at least 1"),
+        (
+            "score_orm.second_opinion={model: m, concurrency: 0}",
+            "score_orm.second_opinion.concurrency: input should be",
+        ),
+        ("score_orm.second_opinion={model: m, timeout_s: 0}", "score_orm.second_opinion.timeout_s: input should be"),
+        ("score_orm.second_opinion={model: m, base_ur: x}", "did you mean score_orm.second_opinion.base_url?"),
+        ("score_orm.second_opinion={model: m, base_url: localhost}", "base_url takes http(s)://host[:port][/path]"),
+        ("score_orm.second_opinion={model: m, base_url: 'ftp://a'}", "base_url takes http(s)://host[:port][/path]"),
+        ("score_orm.second_opinion={model: m, base_url: 'http://[::'}", "base_url takes http(s)://host[:port][/path]"),
+        (
+            "score_orm.second_opinion={model: m, api_key_env: ''}",
+            "api_key_env takes the name of an environment variable",
+        ),
         ("evaluate.benchmarks=[nope]", "evaluate.benchmarks: nope is not made by prepare"),
     ],
 )
@@ -68,6 +83,33 @@ def test_bad_values_are_refused_by_name(override: str, message: str) -> None:
     assert message in caught.value.what
     assert "--set" in caught.value.where
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "api_key_env: sk-Secret123",
+        "api_key: sk-Secret123",
+        "base_url: 'https://me:sk-Secret123@host/v1'",
+        "base_url: 'https://sk-Secret123:x@host/v1'",
+        "base_url: 'https://host/v1?key=sk-Secret123'",
+        "base_url: 'https://me:sk-Secret123'",
+    ],
+)
+def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(tmp_path: Path, setting: str) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"score_orm: {{second_opinion: {{model: m, {setting}}}}}")
+    with pytest.raises(ParamsError, match="second_opinion") as caught:
+        load_params(ROOT / "params.yaml", preset=preset)
+    assert "Secret123" not in str(caught.value)
+
+
+def test_a_second_opinion_is_off_and_set_key_by_key() -> None:
+    assert Params().score_orm.second_opinion is None
+    overrides = ["score_orm.second_opinion.model=m", "score_orm.second_opinion.base_url=http://127.0.0.1:8000/v1"]
+    found = load_params(ROOT / "params.yaml", overrides=overrides).score_orm.second_opinion
+    assert found is not None
+    assert (found.model, found.base_url, found.api_key_env) == ("m", "http://127.0.0.1:8000/v1", "OPENAI_API_KEY")
 
 
 @pytest.mark.parametrize("override", ["lam", "=1", "advantage.=1", "advantage.lam=[", ".a=1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from papo.store.files import digest, read_json
 from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
 from papo.store.manifest import Context
-from papo.store.tables import read_rows
+from papo.store.tables import read_rows, write_rows
 
 STEPS = 9
 OTHER = "report.title=another run"
@@ -41,6 +42,7 @@ class Recorder(NullTracker):
     def __init__(self, fail: BaseException | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.tags: dict[str, str] = {}
+        self.artifacts: list[str] = []
         self.metrics: dict[str, dict[str, float]] = {}
         self._fail = fail
 
@@ -56,6 +58,10 @@ class Recorder(NullTracker):
 
     def tag(self, key: str, value: str) -> None:
         self.tags[key] = value
+
+    def artifact(self, path: Path) -> None:
+        assert path.exists()
+        self.artifacts.append(path.as_posix())
 
     def policy(self, path: Path, name: str, metrics: Mapping[str, float]) -> None:
         self.calls.append(("policy", name, sorted(metrics)))
@@ -118,6 +124,53 @@ def test_policies_compared_by_hand(here: Path, capsys: pytest.CaptureFixture[str
     assert list(read_json(here / "artifacts/comparisons/warmstart/metrics.json")[benchmark]) == ["artifacts/warmstart"]
 
 
+def test_a_benchmark_that_the_run_does_not_have_is_read_on_its_own(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = [row["prompt"] for row in read_rows(here / "data/problems/train.parquet", PROBLEMS)]
+    rows = [{"question": f"{n} and {n}?", "answer": f"#### {2 * n}"} for n in range(5)]
+    rows += [{"question": train[0], "answer": "#### 1"}]
+    Path("some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "evaluate",
+        "--policy",
+        "warmstart",
+        "--benchmark",
+        "gsm8k=some.jsonl",
+        "--benchmark",
+        load_params().evaluate.benchmarks[0],
+        "--k",
+        "1",
+    ]
+    before = digest(here / "data/problems")
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "gsm8k has 6 problems, 1319 are in a whole copy: some.jsonl" in said.err
+    assert "1 training problems are those of gsm8k" in said.err
+    table = read_rows(here / "data/benchmarks/gsm8k.parquet", PROBLEMS)
+    assert len(table) == 6
+    assert table[1]["prompt"].startswith("1 and 1?\n\nThink step by step")
+    metrics = read_json(here / "artifacts/comparisons/warmstart/metrics.json")
+    assert {name: policies["warmstart"]["avg_at_k"]["problems"] for name, policies in metrics.items()}["gsm8k"] == 6
+    assert digest(here / "data/problems") == before
+    assert main(command) == 0
+    assert "whole copy" not in capsys.readouterr().err  # read once
+
+
+def test_the_best_of_the_evaluated_rounds_is_the_final_policy(here: Path) -> None:
+    (benchmark, *_) = load_params().evaluate.benchmarks
+    chosen = ["--set", f"evaluate={{checkpoint: best, choose_on: {benchmark}, every: 1}}"]
+    assert main(["evaluate", "--policy", "final", *chosen]) == 2  # which one it is, an evaluation has to say
+    (here / "artifacts/evaluation/metrics.json").unlink()
+    assert main(["evaluate", "--policy", "final", *chosen]) == 2
+    assert main(["evaluate", *chosen]) == 0
+    metrics = read_json(here / "artifacts/evaluation/metrics.json")
+    assert metrics[benchmark]["gain"]["of"] == "round-0"
+    assert main(["report", *chosen]) == 0
+    assert "Final (after round 0)" in (here / "artifacts/report/index.html").read_text()
+    assert main(["evaluate", "--policy", "final", "--against", "warmstart", *chosen]) == 0
+
+
 def test_pass_rates_of_a_reference_policy(here: Path) -> None:
     assert main(["pass-rates", "--k", "3", "--out", "rates.parquet"]) == 0
     measured = read_rows(Path("rates.parquet"), PROBLEMS)
@@ -131,6 +184,24 @@ def test_pass_rates_of_a_reference_policy(here: Path) -> None:
     assert main(["pass-rates", "--k", "0"]) == 2
 
 
+def test_measured_pass_rates_make_the_tiers_of_the_next_run(here: Path) -> None:
+    assert main(["pass-rates", "--k", "2", "--out", "rates.parquet"]) == 0
+    measured = read_rows(Path("rates.parquet"), PROBLEMS)
+    for number, row in enumerate(measured):  # the tiny policy solves none
+        row["pass_rate"] = (number % 6) / 5
+    write_rows(Path("rates.parquet"), PROBLEMS, measured)
+    again = ["--workspace", "again", "--set", "prepare.source=rates.parquet", "--set", "prepare.holdout=3"]
+    again += ["--set", "prepare.tiers={per_tier: 1, pass_rate: pass_rate}", "--set", "evaluate.benchmarks=[holdout]"]
+    assert main(["prepare", *again, "--set", "prepare.prompt_template='Solve {prompt}'"]) == 0
+    rows = read_rows(Path("again/data/problems/train.parquet"), PROBLEMS)
+    assert (
+        sorted(row["tier"] for row in rows) == ["0-0.125", "0.125-0.375", "0.375-0.625", "0.625-0.875", "0.875-1"][1:]
+    )
+    known = {row["problem_id"]: row for row in measured}
+    for row in rows:  # the same problems, worded once
+        assert row == known[row["problem_id"]] | {"tier": row["tier"]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -138,7 +209,11 @@ def test_pass_rates_of_a_reference_policy(here: Path) -> None:
         (["--policy", "round-7"], "an input of this stage is not there"),
         (["--policy", "final", "--against", "final"], "final against itself"),
         (["--against", "final"], "--against needs --policy"),
-        (["--policy", "final", "--benchmark", "nowhere"], "nowhere is not made by prepare"),
+        (["--policy", "final", "--benchmark", "nowhere"], "there is no benchmark nowhere"),
+        (["--policy", "final", "--benchmark", "gsm8k=nowhere.jsonl"], "there is no such file"),
+        (["--policy", "final", "--benchmark", "gsm8k="], "--benchmark gsm8k="),
+        (["--benchmark", "gsm8k=some.jsonl"], "--benchmark gsm8k=some.jsonl needs --policy"),
+        (["--benchmark", "gsm8k"], "gsm8k is not made by prepare"),
         (["--policy", "final", "--k", "0"], "evaluate.samples_per_problem"),
     ],
 )
@@ -232,6 +307,7 @@ def test_a_run_is_recorded_whole_also_where_its_steps_had_been_done_before(here:
     assert policy == ("policy", "final", ["sums-hard", "sums-in-range"])
     assert finish[:2] == ("finish", "FINISHED")
     assert {"overhead_share", "sums-hard/warmstart/avg_at_k"} <= set(finish[2])
+    assert tracker.artifacts == [(here / name).as_posix() for name in ("data/problems/card.json", "artifacts/report")]
     assert tracker.tags["papo.lineage"] == lineage(run.params)
     assert tracker.tags["papo.workspace"] == str(here.resolve())
     assert summary.report.is_file()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -193,16 +193,47 @@ def paired_bootstrap(
     both = (first.counts() > 0.0) & (second.counts() > 0.0)
     if not both.any():
         raise DataError("no problem has scored samples of both policies", where="paired_bootstrap")
-    differences = np.sort(
-        (first.means() - second.means())[both]
-    )  # sorted, so that the draws do not depend on the order of the rows
+    used = int((first.counts() + second.counts())[both].sum())
+    interval = _bootstrapped((first.means() - second.means())[both], seed, resamples, confidence)
+    return interval._replace(samples=used, missing=first.missing + second.missing)
+
+
+def paired_bootstrap_of_values(
+    candidate: Mapping[Any, float],
+    baseline: Mapping[Any, float],
+    *,
+    seed: int,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+) -> Estimate:
+    """As `paired_bootstrap`, for any metric that has one value a problem, as pass@k and maj@k have.
+
+    Args:
+        candidate, baseline: problem id -> value; problems that only one of them has are left out and counted as missing.
+        Others as in `paired_bootstrap`; `samples` of the estimate is the number of values.
+
+    Raises:
+        DataError: no problem has both values.
+        ParamsError: as in `paired_bootstrap`.
+    """
+    if resamples < 2:
+        raise ParamsError(f"resamples is {resamples} and must be at least 2", where="paired_bootstrap_of_values")
+    both = candidate.keys() & baseline.keys()
+    if not both:
+        raise DataError("no problem has values of both policies", where="paired_bootstrap_of_values")
+    differences = np.array([candidate[problem] - baseline[problem] for problem in both])
+    interval = _bootstrapped(differences, seed, resamples, confidence)
+    return interval._replace(samples=2 * len(both), missing=len(candidate.keys() ^ baseline.keys()))
+
+
+def _bootstrapped(differences: FloatArray, seed: int, resamples: int, confidence: float) -> Estimate:
+    """Mean of one value a problem, with its percentile interval; sorted, so that the draws do not depend on the order of the rows."""
+    differences = np.sort(differences)
     drawn = _bootstrap_means(differences, resamples, seed)
     tail = (1.0 - _checked_confidence(confidence)) / 2.0
     low, high = np.quantile(drawn, [tail, 1.0 - tail]).tolist() if differences.size > 1 else (-1.0, 1.0)
     error = float(drawn.std(ddof=1)) if differences.size > 1 else math.nan
-    used = int((first.counts() + second.counts())[both].sum())
-    unscored = first.missing + second.missing
-    return Estimate(float(differences.mean()), low, high, error, differences.size, used, unscored)
+    return Estimate(float(differences.mean()), low, high, error, differences.size, 0, 0)
 
 
 def _paired_samples(

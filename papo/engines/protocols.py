@@ -73,6 +73,39 @@ class Verifier(Protocol):
 
 
 @dataclass(frozen=True)
+class Question:
+    """A gold answer and an answer that the verifier holds for another: does a model think so, too?"""
+
+    problem: str
+    gold: str
+    answer: str
+    grading: Grading = Grading()
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What a model says: `score` is 1.0 (equivalent), 0.0 (different), or None where `status` is a failure, whose `cause` is brief."""
+
+    score: float | None
+    status: str  # schemas.OPINION_STATUSES
+    cause: str = ""
+
+
+class SecondOpinion(Protocol):
+    """Asks a model about answers that the verifier calls wrong. Beside the outcome, so that no failure of it stops a run."""
+
+    def check(self) -> None:
+        """Raises SetupError where this machine lacks what it takes to ask."""
+        ...
+
+    def ask(self, questions: Sequence[Question], progress: Progress) -> list[Opinion]:
+        """One opinion a question, in order."""
+        ...
+
+    def versions(self) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True)
 class JudgeItem:
     """One response to judge."""
 

@@ -1,21 +1,28 @@
-"""evaluate: avg@k and pass@k of the warm start, the final policy and those in between that were asked for."""
+"""evaluate: avg@k, pass@k and maj@k of the warm start, the final policy and those in between that were asked for."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from papo.core.answers import normalise
-from papo.core.statistics import Estimate, avg_at_k, maj_at_k, paired_bootstrap, pass_at_k
+from papo.core.statistics import (
+    Estimate,
+    avg_at_k,
+    maj_at_k,
+    paired_bootstrap,
+    paired_bootstrap_of_values,
+    pass_at_k,
+)
 from papo.engines.protocols import Sampler, SampleRequest, Verifier, VerifyItem
-from papo.params import EvaluateParams
+from papo.params import EvaluateParams, Metric
 from papo.schemas import EVALUATION, PROBLEMS, SAMPLES, Grading, row_seed
 from papo.stages.rows import check_failures
 from papo.store.files import digest, write_json
@@ -23,6 +30,7 @@ from papo.store.kept import kept_rows
 from papo.store.manifest import Context, Manifest, Task, code_digest
 from papo.store.tables import read_rows, write_rows
 
+FINAL = "final"
 SAMPLER = ("engines/samplers", "engines/policy.py")
 CODE = (
     "stages/evaluate.py",
@@ -39,12 +47,16 @@ CODE = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """`policies` by name, from the baseline to the one whose gain over it is told; `benchmarks` by name; `sampler` is `rollout.engine`."""
+    """`policies` by name, from the baseline to the one whose gain over it is told; `sampler` is `rollout.engine`.
+
+    `metrics`: what the gain on a benchmark is a difference of, where that is not avg@k.
+    """
 
     seed: int
     sampler: str
     policies: dict[str, Path]
     benchmarks: dict[str, Path]
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,8 @@ def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, co
 
     A sample that has no verdict is missing, not wrong: it leaves avg@k and the gain, which say how many are missing. pass@k needs k
     samples a problem, so there it counts as not passed, which makes pass@k a lower bound.
+
+    With `checkpoint` best the policy with the highest avg@k on `choose_on`, of equals the earliest, is the final one on all benchmarks.
 
     Raises:
         FailedRowsError: more than `max_failed_share` of the samples have no verdict.
@@ -86,9 +100,16 @@ def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, co
     versions |= engine.verifier.versions()  # which of its libraries were needed is known now
     counts = Counter(row["status"] for each in rows.values() for row in each)
     check_failures("evaluate", counts, params.max_failed_share)
+    names = list(inputs.policies)
+    of = names[-1]
+    if params.choose_on is not None:
+        of = _best(rows[params.choose_on], names[1:])
+        names = [*(name for name in names if name != of), FINAL]
+        for row in itertools.chain.from_iterable(rows.values()):
+            row["policy"] = FINAL if row["policy"] == of else row["policy"]
     for name in problems:
         write_rows(out / f"{name}.parquet", EVALUATION, rows[name])
-    metrics = {name: _metrics(rows[name], params, inputs) for name in problems}
+    metrics = {name: _metrics(name, rows[name], names, of, params, inputs) for name in problems}
     write_json(out / "metrics.json", metrics)
     flat = {
         f"{benchmark}/{policy}/avg_at_k": values["avg_at_k"]["value"]
@@ -167,27 +188,60 @@ def _kept(
     return sample
 
 
-def _metrics(rows: list[dict[str, Any]], params: EvaluateParams, inputs: Inputs) -> dict[str, Any]:
-    by_policy = {name: [row for row in rows if row["policy"] == name] for name in inputs.policies}
-    metrics: dict[str, Any] = {name: _policy_metrics(mine, params) for name, mine in by_policy.items()}
-    if len(by_policy) == 1:
+def _best(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """The policy with the highest avg@k, of equals the one that is named first."""
+    values = {name: avg_at_k(_scores(mine), _ids(mine)).value for name in names if (mine := _of(name, rows))}
+    return max(values, key=values.__getitem__)
+
+
+def _metrics(
+    benchmark: str, rows: list[dict[str, Any]], names: list[str], of: str, params: EvaluateParams, inputs: Inputs
+) -> dict[str, Any]:
+    metrics: dict[str, Any] = {name: _policy_metrics(_of(name, rows), params) for name in names}
+    if len(names) == 1:
         return metrics
-    first, *_, last = by_policy.values()
-    gain = paired_bootstrap(
-        _scores(last), _ids(last), _scores(first), _ids(first),
-        seed=inputs.seed, confidence=params.confidence,
-    )  # fmt: skip
-    return metrics | {"gain": _plain(gain)}
+    metric = inputs.metrics.get(benchmark, "avg_at_k")
+    gain = _gain(metric, _of(names[-1], rows), _of(names[0], rows), params, inputs.seed)
+    return metrics | {"gain": {**_plain(gain), "metric": metric, "of": of}}
+
+
+def _gain(
+    metric: Metric, candidate: list[dict[str, Any]], baseline: list[dict[str, Any]], params: EvaluateParams, seed: int
+) -> Estimate:
+    if metric == "avg_at_k":
+        return paired_bootstrap(
+            _scores(candidate), _ids(candidate), _scores(baseline), _ids(baseline),
+            seed=seed, confidence=params.confidence,
+        )  # fmt: skip
+    values = [_by_problem(metric, rows, params.samples_per_problem) for rows in (candidate, baseline)]
+    return paired_bootstrap_of_values(*values, seed=seed, confidence=params.confidence)
+
+
+def _by_problem(metric: Metric, rows: list[dict[str, Any]], k: int) -> dict[str, float]:
+    """One value of the metric a problem; none where a problem has no verdict at all."""
+    problems: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        problems[row["problem_id"]].append(row)
+    scored = {name: mine for name, mine in problems.items() if any(row["orm_score"] is not None for row in mine)}
+    return {name: _estimate(metric, mine, k).value for name, mine in scored.items()}
+
+
+def _estimate(metric: Metric, rows: list[dict[str, Any]], k: int, confidence: float = 0.95) -> Estimate:
+    if metric == "pass_at_k":
+        return pass_at_k(_scores(rows), _ids(rows), k, confidence=confidence, missing="wrong")
+    if metric == "maj_at_k":
+        answers = [_canonical(row["extracted"]) for row in rows]
+        return maj_at_k(answers, _scores(rows), _ids(rows), confidence=confidence)
+    return avg_at_k(_scores(rows), _ids(rows), confidence=confidence)
+
+
+def _of(policy: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["policy"] == policy]
 
 
 def _policy_metrics(rows: list[dict[str, Any]], params: EvaluateParams) -> dict[str, Any]:
     k, confidence = params.samples_per_problem, params.confidence
-    metrics = {
-        "avg_at_k": _plain(avg_at_k(_scores(rows), _ids(rows), confidence=confidence)),
-        "pass_at_k": _plain(pass_at_k(_scores(rows), _ids(rows), k, confidence=confidence, missing="wrong")),
-        "maj_at_k": _plain(
-            maj_at_k([_canonical(row["extracted"]) for row in rows], _scores(rows), _ids(rows), confidence=confidence)
-        ),
+    metrics: dict[str, Any] = {name: _plain(_estimate(name, rows, k, confidence)) for name in get_args(Metric)} | {
         "k": k,
         "length_mean": float(np.mean([row["completion_tokens"] for row in rows])),
         "truncated_share": sum(row["finish_reason"] == "length" for row in rows) / len(rows),

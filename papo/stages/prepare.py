@@ -20,9 +20,15 @@ from papo.params import PrepareParams
 from papo.schemas import DROPPED, PROBLEMS, TRACES, Grading, problem_id
 from papo.store.files import digest, replacing, write_json
 from papo.store.manifest import Context, Manifest, Task
-from papo.store.tables import write_rows
+from papo.store.tables import read_columns, write_rows
 
-CODE = ("stages/prepare.py", "engines/sources", "engines/decontamination.py", "core/answers.py")
+CODE = (
+    "stages/prepare.py",
+    "engines/sources",
+    "engines/decontamination.py",
+    "engines/verifiers/math_verify.py",
+    "core/answers.py",
+)
 
 TIERS = (0.0, 0.125, 0.375, 0.625, 0.875, 1.0)
 """Bounds of the five tiers of the pass rate, each without its lower and with its upper one."""
@@ -31,6 +37,9 @@ KEPT_CHARS = 2_000
 """Of a dropped prompt."""
 
 Item = Problem | Drop
+
+Unreadable = Callable[[Iterable[str]], Mapping[str, str]]
+"""Gold answers -> those that cannot be read, each with what became of it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ def run(
     out: Path,
     *,
     engine: Source,
-    readable: Callable[[str], bool] | None = None,
+    unreadable: Unreadable = lambda golds: {},
     context: Context = Context(),
 ) -> Manifest:
     """Writes train, traces and dropped.parquet, eval/<benchmark>.parquet and card.json under the folder `out`.
@@ -61,7 +70,8 @@ def run(
     `max_problems`.
 
     Args:
-        readable: whether a gold answer in mathematics can be parsed; None takes all.
+        unreadable: which of many gold answers in mathematics no answer can be compared with. Such a training problem is dropped;
+            of a benchmark it is kept and warned about.
 
     Raises:
         DataError: no problems are left, saying how many were dropped why; or a problem twice.
@@ -72,7 +82,12 @@ def run(
     read = {"train": list(engine.train())} | {name: list(items) for name, items in engine.benchmarks().items()}
     dropped: dict[str, list[Drop]] = {name: [] for name in read}
     benchmarks = {name: _kept(items, dropped[name]) for name, items in read.items() if name != "train"}
-    usable, held_out = _split(_kept(_usable(read["train"], params, readable), dropped["train"]), params)
+    bad = unreadable(_golds(item for items in read.values() for item in items))
+    usable, held_out = _split(_kept(_usable(read["train"], params, bad), dropped["train"]), params)
+    for name, problems in benchmarks.items():
+        if unread := [gold for gold in _golds(problems) if gold in bad]:
+            what = f"{len(unread)} gold answers of {name} are not readable as mathematics, and compared only as text"
+            context.warn(f"{what}: {_few(unread)}")
     benchmarks |= held_out
     clean = _kept(_clean(usable, benchmarks, params), dropped["train"])
     train = _drawn(clean, params, context.warn)
@@ -99,6 +114,41 @@ def run(
     return task.finish(rows=len(train), counts=_counts(card), metrics=_metrics(card))
 
 
+@dataclass(frozen=True)
+class BenchmarkInputs:
+    """As `Inputs`, of one benchmark; `train` is what it is compared with."""
+
+    name: str
+    files: dict[str, Path]
+    train: Path
+
+
+def run_benchmark(
+    params: PrepareParams, inputs: BenchmarkInputs, out: Path, *, engine: Source, context: Context = Context()
+) -> Manifest:
+    """Writes the table of one benchmark that is not among those of the run, and says how many training problems it holds.
+
+    Raises:
+        DataError: it cannot be read, or holds no problems.
+    """
+    task = Task("prepare", params, inputs, [out], code=CODE, context=context)
+    if done := task.done():
+        return done
+    dropped: list[Drop] = []
+    problems = _kept(engine.benchmarks()[inputs.name], dropped)
+    rows = _rows(problems, inputs.name, dropped)
+    train = [row["prompt"] for row in read_columns(inputs.train, PROBLEMS, "prompt")]
+    prompts = {inputs.name: [problem.prompt for problem in problems]}
+    if seen := matches(train, prompts, threshold=params.near_match):
+        context.warn(
+            f"{len(seen)} training problems are those of {inputs.name}, which was no benchmark when they were prepared: "
+            f"what was trained on them has seen the answers; add {inputs.name} to prepare.eval_sources"
+        )
+    write_rows(out, PROBLEMS, rows)
+    counts = {"contaminated": len(seen)} | dict(Counter(f"dropped, {drop.reason}" for drop in dropped))
+    return task.finish(rows=len(rows), counts=counts)
+
+
 def tier_of(pass_rate: float) -> str | None:
     """`0.125-0.375` for a rate above 0.125 and at most 0.375; None for 0, which is in no tier."""
     return next((_tier_name(low, high) for low, high in pairwise(TIERS) if low < pass_rate <= high), None)
@@ -119,14 +169,23 @@ def _drop(problem: Problem, reason: str, detail: str, **match: Any) -> Drop:
     return Drop(problem.source, problem.row, reason, detail, problem.prompt, **match)
 
 
-def _usable(items: Iterable[Item], params: PrepareParams, readable: Callable[[str], bool] | None) -> Iterator[Item]:
+def _golds(items: Iterable[Item]) -> Iterator[str]:
+    return (item.answer for item in items if isinstance(item, Problem) and item.grading.kind == "math")
+
+
+def _few(names: Iterable[str]) -> str:
+    first, *more = (repr(name[:40]) for name in names)
+    return ", ".join([first, *more[:2]]) + (", ..." if len(more) > 2 else "")
+
+
+def _usable(items: Iterable[Item], params: PrepareParams, bad: Mapping[str, str]) -> Iterator[Item]:
     for item in items:
         if isinstance(item, Drop):
             yield item
         elif len(item.prompt) > params.max_prompt_chars:
             yield _drop(item, "too_long", f"{len(item.prompt)} characters")
-        elif readable is not None and item.grading.kind == "math" and not readable(item.answer):
-            yield _drop(item, "unparsable_gold", item.answer)
+        elif item.grading.kind == "math" and item.answer in bad:
+            yield _drop(item, "unparsable_gold", f"{item.answer} ({bad[item.answer]})")
         elif params.drop_never_solved and item.pass_rate == 0.0:
             yield _drop(item, "never_solved", "pass rate 0")
         else:

@@ -102,8 +102,8 @@ def _summary(shown: Run) -> dict[str, float]:
     summary: dict[str, float] = {}
     for name, benchmark in shown.evaluation.items():
         summary |= {
-            f"{name}/accuracy_warmstart": benchmark.warmstart.avg_at_k.value,
-            f"{name}/accuracy": benchmark.final.avg_at_k.value,
+            f"{name}/accuracy_warmstart": benchmark.ends[0].value,
+            f"{name}/accuracy": benchmark.ends[1].value,
             f"{name}/gain": benchmark.gain.value,
             f"{name}/gain_low": benchmark.gain.low,
             f"{name}/gain_high": benchmark.gain.high,

@@ -1,14 +1,18 @@
-"""score_orm: the outcome of each response, 1 or 0, or missing with a status that says why."""
+"""score_orm: the outcome of each response, 1 or 0, or missing with a status that says why.
+
+Where a model is asked for a second opinion on wrong answers, what it says stands in columns of its own and changes no outcome.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from papo.engines.protocols import Verifier, VerifyItem
+from papo.engines.protocols import Opinion, Question, SecondOpinion, Verdict, Verifier, VerifyItem
 from papo.params import ScoreOrmParams
-from papo.schemas import ORM, ROLLOUTS, Grading
+from papo.schemas import OK, ORM, ROLLOUTS, Grading
 from papo.stages.rows import check_failures, of_problems
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns, write_rows
@@ -19,8 +23,11 @@ CODE = (
     "engines/verifiers",
     "engines/sandbox.py",
     "engines/in_sandbox.py",
+    "engines/second_opinion.py",
     "core/answers.py",
 )
+
+NOT_ASKED = Opinion(None, "not_asked")
 
 
 @dataclass(frozen=True)
@@ -31,17 +38,26 @@ class Inputs:
 
 
 def run(
-    params: ScoreOrmParams, inputs: Inputs, out: Path, *, engine: Verifier, context: Context = Context()
+    params: ScoreOrmParams,
+    inputs: Inputs,
+    out: Path,
+    *,
+    engine: Verifier,
+    second_opinion: SecondOpinion | None = None,
+    context: Context = Context(),
 ) -> Manifest:
-    """Writes one outcome a response to `out`.
+    """Writes one outcome a response to `out`, and beside it the second opinion where there is one to ask.
 
     Raises:
         FailedRowsError: more than `max_failed_share` of the rows have no score.
+        SetupError: this machine lacks what the verifier or the second opinion takes.
     """
     task = Task("score_orm", params, inputs, [out], code=CODE, context=context)
     if done := task.done():
         return done
-    rollouts = read_columns(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "completion")
+    if second_opinion is not None:
+        second_opinion.check()
+    rollouts = read_columns(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "prompt", "completion")
     ids = {row["problem_id"] for row in rollouts}
     answers = of_problems(inputs.problems, "answer", ids)
     gradings = {
@@ -52,6 +68,17 @@ def run(
         verdicts = engine.verify(items, progress)
     statuses = Counter(verdict.status for verdict in verdicts)
     check_failures("score_orm", statuses, params.max_failed_share)
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    counts = dict(statuses) | Counter(f"program {verdict.detail}" for verdict in verdicts if verdict.detail)
+    metrics = {"accuracy": sum(scores) / len(scores)} if scores else {}
+    versions = engine.versions()
+    opinions = [NOT_ASKED] * len(verdicts)
+    if second_opinion is not None:
+        questions = _questions([row["prompt"] for row in rollouts], items, verdicts)
+        opinions = _ask(second_opinion, questions, inputs.round, context)
+        counts |= _opinion_counts(opinions)
+        metrics |= _opinion_metrics(opinions)
+        versions = versions | second_opinion.versions()
     rows = [
         {
             "round": inputs.round,
@@ -60,10 +87,60 @@ def run(
             "orm_score": verdict.score,
             "extracted": verdict.extracted,
             "status": verdict.status,
+            "detail": verdict.detail,
+            "second_opinion": opinion.score,
+            "second_opinion_status": opinion.status,
         }
-        for row, verdict in zip(rollouts, verdicts, strict=True)
+        for row, verdict, opinion in zip(rollouts, verdicts, opinions, strict=True)
     ]
     write_rows(out, ORM, rows)
-    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
-    metrics = {"accuracy": sum(scores) / len(scores)} if scores else {}
-    return task.finish(rows=len(rows), counts=statuses, metrics=metrics, versions=engine.versions())
+    return task.finish(rows=len(rows), counts=counts, metrics=metrics, versions=versions)
+
+
+def _questions(
+    prompts: Sequence[str], items: Sequence[VerifyItem], verdicts: Sequence[Verdict]
+) -> list[Question | None]:
+    """What is asked about each response: only about mathematics that could be compared and was found wrong."""
+    questions: list[Question | None] = []
+    for prompt, item, verdict in zip(prompts, items, verdicts, strict=True):
+        wrong = verdict.score == 0.0 and verdict.status == OK and item.grading.kind == "math"
+        if wrong and verdict.extracted is not None:
+            questions.append(Question(prompt, item.gold, verdict.extracted, item.grading))
+        else:
+            questions.append(None)
+    return questions
+
+
+def _ask(
+    second_opinion: SecondOpinion, questions: Sequence[Question | None], round_: int, context: Context
+) -> list[Opinion]:
+    """An opinion a response; each distinct question is asked once. That most have failed is said, and stops nothing."""
+    distinct = list(dict.fromkeys(question for question in questions if question is not None))
+    if not distinct:
+        return [NOT_ASKED] * len(questions)
+    with context.progress(f"second_opinion {round_}", len(distinct)) as progress:
+        found = dict(zip(distinct, second_opinion.ask(distinct, progress), strict=True))
+    failed = [opinion for opinion in found.values() if opinion.status != OK]
+    if len(failed) > len(distinct) / 2:
+        causes = Counter(f"{opinion.status} ({opinion.cause})" for opinion in failed)
+        listed = ", ".join(f"{count} {cause}" for cause, count in causes.most_common(3))
+        context.warn(
+            f"second opinion in round {round_}: {len(failed)} of {len(distinct)} questions got no answer: {listed}; "
+            "the outcomes do not depend on it"
+        )
+    return [NOT_ASKED if question is None else found[question] for question in questions]
+
+
+def _opinion_counts(opinions: Sequence[Opinion]) -> dict[str, int]:
+    """Responses: asked about, those of them that the model calls equivalent, and those without an opinion by cause."""
+    statuses = Counter(opinion.status for opinion in opinions if opinion is not NOT_ASKED)
+    disagreed = sum(opinion.score == 1.0 for opinion in opinions)
+    counts = {"asked": statuses.total(), "disagreed": disagreed}
+    counts |= {status: count for status, count in statuses.items() if status != OK}
+    return {f"second_opinion/{name}": count for name, count in counts.items()}
+
+
+def _opinion_metrics(opinions: Sequence[Opinion]) -> dict[str, float]:
+    """Share of the opinions that disagree with the verifier; none where there is no opinion."""
+    scores = [opinion.score for opinion in opinions if opinion.score is not None]
+    return {"second_opinion/disagreed_share": sum(scores) / len(scores)} if scores else {}

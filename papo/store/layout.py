@@ -27,6 +27,10 @@ class Workspace:
     def benchmark(self, name: str) -> Path:
         return self.problems / "eval" / f"{name}.parquet"
 
+    def benchmark_beside(self, name: str) -> Path:
+        """A benchmark that an evaluation by hand asked for and `prepare` does not make."""
+        return self.root / "data/benchmarks" / f"{name}.parquet"
+
     @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"

@@ -17,8 +17,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from papo.core.answers import extract_answer
 from papo.engines.protocols import Verdict, VerifyItem
-from papo.engines.verifiers.math_verify import MathVerifier
+from papo.engines.verifiers.math_verify import MathVerifier, compare, in_children
+from papo.params import ScoreOrmParams
+from papo.schemas import Grading
 
 _NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+")
 
@@ -106,6 +109,20 @@ def among_hostile(goods: int, hostiles: int, timeout_s: float, workers: int) -> 
     )
 
 
+def longest_hold(count: int, timeout_s: float) -> None:
+    """How long one hostile answer keeps a child busy, kill and new child included: the time between two outcomes of a single child."""
+    pairs = [(item.gold, extract_answer(item.completion) or "", Grading()) for item in [*good(1), *hostile(count)]]
+    times, outcomes, last = [], Counter[str](), 0.0
+    for _, outcome in in_children(compare, pairs, timeout_s=timeout_s, workers=1):
+        now = time.perf_counter()
+        times += [now - last] if last else []  # the first has the start of the pool in it
+        outcomes[outcome] += 1
+        last = now
+    print(
+        f"longest hold of a child by one of {count} hostile answers: {max(times):.2f} s at a limit of {timeout_s} s; {dict(outcomes)}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the mathematical verifier.")
     parser.add_argument("completions", type=Path)
@@ -114,6 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     against_trl(rewritten(args.completions), args.workers)
     among_hostile(10_000, 1_000, args.timeout_s, args.workers)
+    longest_hold(50, ScoreOrmParams().timeout_s)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from scipy import stats  # type: ignore[import-untyped]
 
-from papo.core.statistics import Estimate, avg_at_k, maj_at_k, paired_bootstrap, pass_at_k
+from papo.core.statistics import (
+    Estimate,
+    avg_at_k,
+    maj_at_k,
+    paired_bootstrap,
+    paired_bootstrap_of_values,
+    pass_at_k,
+)
 from papo.errors import DataError, ParamsError
 
 NAN = math.nan
@@ -166,6 +173,20 @@ def test_paired_bootstrap_drops_problems_that_one_policy_has_no_score_for() -> N
     single = paired_bootstrap([1], ["a"], [0, 1], ["a", "a"], seed=0)
     assert single[:3] == (0.5, -1.0, 1.0)
     assert math.isnan(single.standard_error)
+
+
+def test_the_bootstrap_of_values_is_that_of_the_means_where_the_values_are_means() -> None:
+    candidate, baseline, ids = two_policies(40)
+    means = [dict(enumerate(scores.reshape(-1, 4).mean(1).tolist())) for scores in (candidate, baseline)]
+    expected = paired_bootstrap(candidate, ids, baseline, ids, seed=3, resamples=700)
+    found = paired_bootstrap_of_values(*means, seed=3, resamples=700)
+    assert found == expected._replace(samples=80)
+    del means[0][7]
+    assert paired_bootstrap_of_values(*means, seed=3, resamples=700)[4:] == (39, 78, 1)
+    with pytest.raises(DataError, match="no problem has values of both"):
+        paired_bootstrap_of_values({"a": 1.0}, {"b": 1.0}, seed=0)
+    with pytest.raises(ParamsError, match="resamples is 1"):
+        paired_bootstrap_of_values({"a": 1.0}, {"a": 1.0}, seed=0, resamples=1)
 
 
 @pytest.mark.parametrize(

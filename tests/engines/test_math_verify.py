@@ -16,7 +16,14 @@ import pytest
 from papo.core.answers import MAX_ANSWER_CHARS, MAX_DIGITS
 from papo.engines.protocols import Verdict, VerifyItem
 from papo.engines.verifiers import make_verifier
-from papo.engines.verifiers.math_verify import MAX_GOLD_CHARS, MathVerifier, Pair, compare, in_children
+from papo.engines.verifiers.math_verify import (
+    MAX_GOLD_CHARS,
+    MathVerifier,
+    Pair,
+    compare,
+    in_children,
+    unreadable_golds,
+)
 from papo.params import ScoreOrmParams
 from papo.schemas import Grading
 
@@ -312,7 +319,7 @@ def test_closing_early_ends_the_children() -> None:
 
 BUSY = """
 from papo.engines.protocols import VerifyItem
-from papo.engines.verifiers.math_verify import MathVerifier
+from papo.engines.verifiers.math_verify import MathVerifier, unreadable_golds
 
 def told(count):
     print(count, flush=True)
@@ -376,3 +383,11 @@ def test_a_child_whose_parent_was_killed_ends_by_its_cpu_limit() -> None:
 def test_compare_runs_in_this_process_too() -> None:
     assert compare("2x", "x+x", Grading()) == "right"
     assert compare("2x", "x", Grading()) == "wrong"
+
+
+def test_gold_answers_that_cannot_be_read_are_found_once_each() -> None:
+    golds = ["4", "\\frac{1}{2}", "x^2+1", "(1,2)", "", "1" * 20_000, "\\frac{", "4", "\\frac{", "2:3, 5"]
+    assert unreadable_golds(golds, timeout_s=20.0) == {
+        "": "unparsable_gold", "1" * 20_000: "unparsable_gold", "\\frac{": "unparsable_gold",
+    }  # fmt: skip
+    assert unreadable_golds(["1", "2.5", "-3/4"]) == {}  # no child is started for numbers

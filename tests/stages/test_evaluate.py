@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from papo.engines.protocols import Progress, Sampler, Verdict, VerifyItem
-from papo.errors import FailedRowsError
-from papo.params import EvaluateParams
+from papo.engines.protocols import Progress, Sample, Sampler, SampleRequest, Verdict, VerifyItem
+from papo.errors import FailedRowsError, ParamsError
+from papo.params import EvaluateParams, load_params
 from papo.schemas import EVALUATION, row_seed
 from papo.stages import evaluate
 from papo.store.files import digest
@@ -214,3 +216,92 @@ def test_policies_in_between_are_evaluated_too(
     run(given, tmp_path / "out", {"warmstart": fake_sampler(), "final": fake_sampler()}, context)
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert set(metrics["b"]) == {"warmstart", "round-1", "final", "gain"}
+
+
+class Knows:
+    """A sampler whose policy knows the answers to the first `right` problems of each benchmark."""
+
+    def __init__(self, right: int) -> None:
+        self._right = right
+
+    def sample(self, requests: Sequence[SampleRequest], progress: Progress) -> list[Sample]:
+        return [self._sample(int(request.prompt.removesuffix("=?\n"))) for request in requests]
+
+    def versions(self) -> dict[str, str]:
+        return {"right": str(self._right)}
+
+    def _sample(self, number: int) -> Sample:
+        answer = str(number % 3) if number < self._right else "9"
+        return Sample([1], [2], f"\\boxed{{{answer}}}", [0.0], "stop")
+
+
+def rounds_of(inputs: evaluate.Inputs, **right: int) -> tuple[evaluate.Inputs, evaluate.Engine]:
+    """Policies by name that know so many answers, and the engine that has them."""
+    folder = inputs.policies["final"].parent
+    policies = {}
+    for name in right:
+        policies[name.replace("_", "-")] = path = folder / name
+        path.mkdir(exist_ok=True)
+        (path / "weights").write_text(name)
+    engine = evaluate.Engine(sampler=lambda path: Knows(right[path.name]), verifier=FakeVerifier())
+    return dataclasses.replace(inputs, policies=policies), engine
+
+
+def test_the_best_policy_on_one_benchmark_is_the_final_one_on_all(
+    tmp_path: Path, inputs: evaluate.Inputs, context: Context
+) -> None:
+    changed, engine = rounds_of(inputs, warmstart=0, round_1=2, round_3=3, round_5=3, round_7=5)
+    params = PARAMS.model_copy(update={"checkpoint": "best", "choose_on": "a", "every": 2})
+    evaluate.run(params, changed, tmp_path / "out", engine=engine, context=context)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    for name in ("a", "b"):  # on b, the problems 3 and 4, round 7 would have been better
+        assert set(metrics[name]) == {"warmstart", "round-1", "round-5", "round-7", "final", "gain"}
+        assert metrics[name]["gain"]["of"] == "round-3"
+    assert metrics["a"]["final"]["avg_at_k"]["value"] == 1.0
+    assert metrics["b"]["final"]["avg_at_k"]["value"] == 0.0
+    assert metrics["b"]["round-7"]["avg_at_k"]["value"] == 1.0
+    rows = read_rows(tmp_path / "out/a.parquet", EVALUATION)
+    assert Counter(row["policy"] for row in rows)["final"] == 6
+    assert {row["policy_digest"] for row in rows if row["policy"] == "final"} == {digest(changed.policies["round-3"])}
+
+
+@pytest.mark.parametrize("metric", ["avg_at_k", "pass_at_k", "maj_at_k"])
+def test_the_gain_is_a_difference_of_the_metric_of_the_benchmark(
+    tmp_path: Path, inputs: evaluate.Inputs, context: Context, fake_sampler: Any, metric: Any
+) -> None:
+    _, engine = rounds_of(inputs, warmstart=0, final=2)
+    fake = fake_sampler()
+    mixed = evaluate.Engine(lambda path: fake if path.name == "final" else engine.sampler(path), FakeVerifier())
+    changed = dataclasses.replace(inputs, metrics={"a": metric})
+    evaluate.run(PARAMS, changed, tmp_path / "out", engine=mixed, context=context)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    for name, wanted in (("a", metric), ("b", "avg_at_k")):
+        gain, last, first = (metrics[name][part] for part in ("gain", "final", "warmstart"))
+        assert (gain["metric"], gain["of"]) == (wanted, "final")
+        assert gain["value"] == pytest.approx(last[wanted]["value"] - first[wanted]["value"])
+        assert gain["low"] <= gain["value"] <= gain["high"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluate.checkpoint=best"], "checkpoint best and choose_on belong together"),
+        (["evaluate.choose_on=sums-hard"], "checkpoint best and choose_on belong together"),
+        (["evaluate={checkpoint: best, choose_on: sums-hard}"], "set every"),
+        (["evaluate={checkpoint: best, choose_on: other, every: 2}"], "choose_on other is none of benchmarks"),
+        (["evaluate.checkpoint=16"], "there is no round 16, run.rounds is 16"),
+        (["evaluate.checkpoint=first"], "evaluate.checkpoint"),
+        (["evaluate.checkpoint=-1"], "evaluate.checkpoint"),
+    ],
+)
+def test_a_choice_of_checkpoint_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        load_params(None, overrides=overrides)
+    assert message in caught.value.what
+
+
+def test_a_named_round_is_evaluated_as_the_final_one() -> None:
+    params = load_params(None, overrides=["evaluate={checkpoint: 5, every: 6}"])
+    assert params.evaluated_rounds == [5, 11]
+    assert load_params(None, overrides=["evaluate={checkpoint: 6, every: 6}"]).evaluated_rounds == [5, 6, 11]
+    assert load_params(None).evaluated_rounds == [15]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,9 @@ def run(
     source: FakeSource,
     context: Context,
     params: PrepareParams = PrepareParams(),  # noqa: B008
-    readable: Callable[[str], bool] | None = None,
+    unreadable: prepare.Unreadable = lambda golds: {},
 ) -> Manifest:
-    return prepare.run(params, prepare.Inputs(files={}), out, engine=source, readable=readable, context=context)
+    return prepare.run(params, prepare.Inputs(files={}), out, engine=source, unreadable=unreadable, context=context)
 
 
 def prompts(path: Path) -> list[str]:
@@ -115,6 +115,16 @@ def test_a_near_match_is_left_out_with_the_problem_it_is_like(tmp_path: Path, co
     assert len(prompts(tmp_path / "all/train.parquet")) == 2
 
 
+def test_a_gold_answer_of_a_benchmark_that_cannot_be_read_is_kept_and_told(
+    tmp_path: Path, context: Context, warned: list[str]
+) -> None:
+    source = FakeSource([problem("a")], {"bench": [problem("b"), problem("c", "\\frac{")]})
+    unreadable = {"\\frac{": "unparsable_gold"}
+    run(tmp_path / "problems", source, context, unreadable=lambda golds: unreadable)
+    assert prompts(tmp_path / "problems/eval/bench.parquet") == ["b", "c"]
+    assert warned == ["1 gold answers of bench are not readable as mathematics, and compared only as text: '\\\\frac{'"]
+
+
 def test_every_drop_has_its_reason(tmp_path: Path, context: Context) -> None:
     items = [
         problem("good"),
@@ -129,14 +139,14 @@ def test_every_drop_has_its_reason(tmp_path: Path, context: Context) -> None:
         FakeSource(items, {"bench": [problem("c"), Drop("other", 0, "marked_error", "error is 1", "d")]}),
         context,
         PrepareParams(max_prompt_chars=79),
-        readable=lambda gold: gold != "\\frac{",
+        unreadable=lambda golds: dict.fromkeys({"\\frac{"} & set(golds), "unparsable_gold"),
     )
     assert prompts(tmp_path / "problems/train.parquet") == ["good", "good, too"]
     rows = read_rows(tmp_path / "problems/dropped.parquet", DROPPED)
     assert [(row["set"], row["row"], row["reason"], row["detail"]) for row in rows] == [
         ("train", 3, "proof_only", ""),
         ("train", 4, "too_long", "80 characters"),
-        ("train", 5, "unparsable_gold", "\\frac{"),
+        ("train", 5, "unparsable_gold", "\\frac{ (unparsable_gold)"),
         ("train", 6, "never_solved", "pass rate 0"),
         ("bench", 0, "marked_error", "error is 1"),
     ]

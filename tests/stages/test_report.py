@@ -104,7 +104,7 @@ def test_the_page_tells_the_result(tmp_path: Path) -> None:
     seen = text(page)
     assert "Training raised accuracy on up, lowered it on down and made no clear difference on same." in seen
     assert (
-        "From 40.0 % (35.0 to 45.0) with the warm start to 55.0 % (50.0 to 60.0) with the final policy: "
+        "avg@4 from 40.0 % (35.0 to 45.0) with the warm start to 55.0 % (50.0 to 60.0) with the final policy: "
         "a paired difference of +15.0 points (+13.0 to +17.0) on 50 problems; 95 % intervals." in seen
     )
     assert "a paired difference of −10.0 points (−12.0 to −8.0)" in seen  # noqa: RUF001  # the minus sign is meant

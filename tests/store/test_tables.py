@@ -14,7 +14,10 @@ from papo.errors import DataError, MissingInputError
 from papo.schemas import KEY, ORM, PRM, TABLES, TRACES, Table
 from papo.store.tables import read_columns, read_rows, read_table, write_rows, write_table
 
-ROW = {"round": 0, "problem_id": "a", "sample_index": 1, "orm_score": None, "extracted": None, "status": "timeout"}
+ROW = {
+    "round": 0, "problem_id": "a", "sample_index": 1, "orm_score": None, "extracted": None, "status": "timeout", "detail": None,
+    "second_opinion": None, "second_opinion_status": "not_asked",
+}  # fmt: skip
 
 
 def stored(folder: Path, **change: Any) -> Path:
@@ -35,7 +38,7 @@ def test_rows_come_back_as_they_were_with_nulls(tmp_path: Path) -> None:
         {"status": "ok", "orm_score": 1.0},
         {"status": "timeout", "orm_score": None},
     ]
-    assert read_table(path, ORM).schema.metadata == {b"papo.table": b"orm", b"papo.version": b"1"}
+    assert read_table(path, ORM).schema.metadata == {b"papo.table": b"orm", b"papo.version": b"2"}
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
@@ -116,8 +119,8 @@ def test_another_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has version 1 of the table orm; this papo reads version 2"):
-        read_table(stored(tmp_path), replace(ORM, version=2))
+    with pytest.raises(DataError, match="has version 2 of the table orm; this papo reads version 3"):
+        read_table(stored(tmp_path), replace(ORM, version=3))
 
 
 @pytest.mark.parametrize("change", [{"status": None}, {"sample_index": "first"}, {"orm_score": "high"}])

@@ -67,9 +67,9 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def _sentence(benchmark: Benchmark, confidence: str) -> str:
-    first, last, gain = benchmark.warmstart.avg_at_k, benchmark.final.avg_at_k, benchmark.gain
+    (first, last), gain = benchmark.ends, benchmark.gain
     return (
-        f"From {_percent(first.value)} ({_interval(first)}) with the warm start to {_percent(last.value)} "
+        f"{benchmark.metric} from {_percent(first.value)} ({_interval(first)}) with the warm start to {_percent(last.value)} "
         f"({_interval(last)}) with the final policy: a paired difference of {_points(gain.value)} points "
         f"({_points(gain.low)} to {_points(gain.high)}) on {gain.problems} problems; {confidence} intervals."
     )

@@ -124,7 +124,8 @@ def _accuracy(figure: Figure, shown: Run) -> bool:
     axes = _axes(figure)
     values = shown.signal("accuracy")
     _line(axes, values, "outcome", "training problems")
-    colours, rounds = ("easy", "process", "hard", "other"), values.size
+    colours, checkpoint = ("easy", "process", "hard", "other"), shown.params.get("evaluate.checkpoint")
+    rounds = checkpoint + 1 if isinstance(checkpoint, int) else values.size
     for index, (name, benchmark) in enumerate(shown.evaluation.items()):
         x, points = zip(*benchmark.trained(rounds), strict=True)
         value, low, high = np.array([(p.value, p.low, p.high) for p in points]).T

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, model_validator
 
 from papo.core.alarms import Alarm
+from papo.params import Metric
 
 Rows = list[dict[str, float]]
 FloatArray = npt.NDArray[np.float64]
@@ -25,6 +26,13 @@ class Estimate(BaseModel):
     high: FiniteFloat
     problems: int
     missing: int = 0
+
+
+class Gain(Estimate):
+    """The paired difference of `metric` between the final policy and the warm start; `of`: `final`, or the round that was the best."""
+
+    metric: Metric = "avg_at_k"
+    of: str = "final"
 
 
 class PolicyResult(BaseModel):
@@ -44,7 +52,7 @@ class Benchmark(BaseModel):
     """The policies by name, and the paired gain of `final` over `warmstart`."""
 
     policies: dict[str, PolicyResult]
-    gain: Estimate
+    gain: Gain
 
     @model_validator(mode="before")
     @classmethod
@@ -52,6 +60,17 @@ class Benchmark(BaseModel):
         if not isinstance(values, dict) or not {"warmstart", "final", "gain"} <= values.keys():
             raise ValueError("needs warmstart, final and gain")
         return {"gain": values["gain"], "policies": {name: v for name, v in values.items() if name != "gain"}}
+
+    @property
+    def ends(self) -> tuple[Estimate, Estimate]:
+        """Warm start and final policy by the metric of the gain."""
+        first, last = (getattr(policy, self.gain.metric) for policy in (self.warmstart, self.final))
+        return first, last
+
+    @property
+    def metric(self) -> str:
+        """`avg@4`."""
+        return self.gain.metric.replace("_at_k", f"@{self.final.k}")
 
     @property
     def warmstart(self) -> PolicyResult:
@@ -65,7 +84,8 @@ class Benchmark(BaseModel):
         """The policies in the order of training, by the name a person reads."""
         between = sorted((_round_of(name), policy) for name, policy in self._between())
         named = [(f"After round {round_}", policy) for round_, policy in between]
-        return [("Warm start", self.warmstart), *named, ("Final", self.final)]
+        chosen = f"Final (after round {_round_of(self.gain.of)})" if self.gain.of.startswith("round-") else "Final"
+        return [("Warm start", self.warmstart), *named, (chosen, self.final)]
 
     def tiers(self) -> list[str]:
         """The tiers, none if there is only one."""
@@ -73,7 +93,8 @@ class Benchmark(BaseModel):
         return names if len(names) > 1 else []
 
     def trained(self, rounds: int) -> list[tuple[int, Estimate]]:
-        """(rounds that the policy was trained for, avg@k), in order."""
+        """(rounds that the policy was trained for, avg@k), in order; the final one for `rounds`, unless the best was chosen."""
+        rounds = _round_of(self.gain.of) + 1 if self.gain.of.startswith("round-") else rounds
         between = [(_round_of(name) + 1, policy.avg_at_k) for name, policy in self._between()]
         ends = [(0, self.warmstart.avg_at_k), (rounds, self.final.avg_at_k)]
         return sorted(ends + between, key=lambda point: point[0])

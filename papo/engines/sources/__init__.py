@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from papo.engines.protocols import Drop, Problem, Source
 from papo.params import PrepareParams
 
 
-def make_source(params: PrepareParams) -> Source:
-    """The source that `prepare.source` names; `prepare.eval_sources` are benchmarks of any source."""
+def make_source(params: PrepareParams, *, warn: Callable[[str], None] = lambda text: None) -> Source:
+    """The source that `prepare.source` names, with the benchmarks of `prepare.eval_sources`; `warn` is told what does not stop it."""
     from papo.engines.sources.formats import DatasetSource
 
+    loaded = DatasetSource(params, warn=warn)
     if params.source != "sums":
-        return DatasetSource(params)
+        return loaded
     from papo.engines.sources.sums import SumsSource
 
     sums = SumsSource(params.sums, seed=params.seed, prompt_template=params.prompt_template)
-    return _WithBenchmarks(sums, DatasetSource(params)) if params.eval_sources else sums
+    return _WithBenchmarks(sums, loaded) if params.eval_sources else sums
 
 
 class _WithBenchmarks:

@@ -40,6 +40,7 @@ from papo.core.answers import (
     extract_answer,
     normalise,
     plain_letters,
+    plain_number,
     same_answer,
     split_list,
     too_large,
@@ -78,7 +79,7 @@ class MathVerifier:
         checker: compares the pairs that text does not settle; a test hands in a fake.
     """
 
-    def __init__(self, *, timeout_s: float = 3.0, workers: int = 1, checker: Checker | None = None) -> None:
+    def __init__(self, *, timeout_s: float = 2.0, workers: int = 1, checker: Checker | None = None) -> None:
         self._checker = checker or partial(in_children, compare, timeout_s=timeout_s, workers=workers)
 
     def verify(self, items: Sequence[VerifyItem], progress: Progress) -> list[Verdict]:
@@ -102,6 +103,23 @@ class MathVerifier:
     def versions(self) -> dict[str, str]:
         """math-verify and the two libraries that its verdicts come from."""
         return {name: metadata.version(name) for name in _LIBRARIES}
+
+
+def unreadable_golds(golds: Iterable[str], *, timeout_s: float = 2.0, workers: int = 1) -> dict[str, str]:
+    """Gold answers that no answer can be compared with, each with its outcome: unparsable_gold, timeout or error.
+
+    Numbers are readable as they stand; the others are parsed in child processes.
+
+    Raises:
+        StageError: as `MathVerifier.verify`.
+    """
+    asked = [gold for gold in dict.fromkeys(golds) if plain_number(normalise(gold)) is None]
+    short = [(gold, gold, Grading()) for gold in asked if gold.strip() and len(gold) <= MAX_GOLD_CHARS]
+    found = {gold: "unparsable_gold" for gold in asked if not gold.strip() or len(gold) > MAX_GOLD_CHARS}
+    if short:
+        with closing(in_children(_gold_outcome, short, timeout_s=timeout_s, workers=workers)) as checked:
+            found |= {gold: outcome for (gold, _, _), outcome in checked if outcome != "right"}
+    return found
 
 
 def _settled(gold: str, answer: str | None, grading: Grading) -> str | None:
@@ -222,8 +240,13 @@ def compare(gold: str, answer: str, grading: Grading) -> str:
     """
     if _agree(gold, answer, grading, partial(_equal, tolerance=grading.tolerance)):
         return "right"
+    return "wrong" if _gold_outcome(gold, answer, grading) == "right" else "unparsable_gold"
+
+
+def _gold_outcome(gold: str, answer: str, grading: Grading) -> str:
+    """`right` if the gold answer, or one of several, is readable as mathematics, else `unparsable_gold`; in a child."""
     parts = (gold, *(part.rpartition("=")[2] for part in split_list(gold)))
-    return "wrong" if any(map(_readable, parts)) else "unparsable_gold"
+    return "right" if any(map(_readable, parts)) else "unparsable_gold"
 
 
 def _readable(gold: str) -> bool:
