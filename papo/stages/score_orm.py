@@ -20,6 +20,7 @@ CODE = (
     "engines/sandbox.py",
     "engines/in_sandbox.py",
     "core/answers.py",
+    "core/code.py",
 )
 
 
