@@ -25,7 +25,7 @@ from papo.engines.tracking import make_tracker
 from papo.engines.versioning import Dvc
 from papo.errors import UserError
 from papo.inspection import check_variant, explain_problem, rederive, signals_and_alarms
-from papo.params import Params, load_params
+from papo.params import GENERATED, Params, load_params
 from papo.pipeline import Step, evaluate_policies, measure_pass_rates, run_step, steps
 from papo.session import Session, Summary, share_start
 from papo.store.files import read_json
@@ -160,7 +160,7 @@ def stay_offline(params: Params) -> None:
     """Tells the Hugging Face libraries not to look at the hub when nothing in the params is there; each look costs seconds."""
     benchmarks = [item.source for item in params.prepare.eval_sources.values()]
     names = [params.warmstart.checkpoint, params.prepare.source, *benchmarks]
-    if all(name is None or name == "sums" or Path(name).exists() for name in names):
+    if all(name is None or name in GENERATED or Path(name).exists() for name in names):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

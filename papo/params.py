@@ -25,6 +25,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
 PRESETS = Path("infra/presets")
+GENERATED = ("sums", "programs")
+"""Sources that are made by the seed alone, with benchmarks and traces of their own."""
 
 
 class _Section(BaseModel):
@@ -77,6 +79,43 @@ class SumsParams(_Section):
         return self
 
 
+class ProgramTier(_Section):
+    """Problems of one difficulty: programs that do this many operations in turn."""
+
+    min_operations: int = Field(ge=2, le=8)
+    max_operations: int = Field(ge=2, le=8)
+    problems: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ProgramTier:
+        if self.min_operations > self.max_operations:
+            raise ValueError(f"min_operations {self.min_operations} is above max_operations {self.max_operations}")
+        return self
+
+
+class ProgramsParams(_Section):
+    """The generated programming problems and the programs that the embedded policy is warm-started on."""
+
+    train: ProgramTier = ProgramTier(min_operations=2, max_operations=4, problems=1024)
+    eval: dict[str, ProgramTier] = Field(
+        default_factory=lambda: {
+            "programs-in-range": ProgramTier(min_operations=2, max_operations=4, problems=100),
+            "programs-hard": ProgramTier(min_operations=5, max_operations=5, problems=50),
+        }
+    )
+    traces: Positive = 20_000
+    terse_share: Share = Field(0.40, description="Share of traces that are one nested expression of one-letter names.")
+    padded_share: Share = Field(0.25, description="Share of traces with lines that do nothing.")
+    wrong_share: Share = Field(0.25, description="Share of traces, whatever their style, that fail.")
+
+    @model_validator(mode="after")
+    def _shares(self) -> ProgramsParams:
+        total = self.terse_share + self.padded_share
+        if total > 1.0:
+            raise ValueError(f"terse_share + padded_share is {total:g}, above 1")
+        return self
+
+
 class ColumnsParams(_Section):
     """Which column of a loaded data set holds what; dots reach into nested fields (`reward_model.ground_truth`).
 
@@ -110,13 +149,16 @@ class TiersParams(_Section):
 class PrepareParams(_Section):
     """Problem sets: generated, or loaded in one of the formats; what training problems have to fulfil."""
 
-    source: str = Field("sums", min_length=1, description="`sums`, a local file (.jsonl, .parquet, ...), or a hub id.")
+    source: str = Field(
+        "sums", min_length=1, description="`sums`, `programs`, a local file (.jsonl, .parquet, ...), or a hub id."
+    )
     format: Format = Field("auto", description="auto: by the columns there are; `columns` where the mapping is set.")
     split: str = "train"
     subset: str | None = Field(None, description="Of the hub, such as main for openai/gsm8k.")
     revision: str | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     sums: SumsParams = SumsParams()
+    programs: ProgramsParams = ProgramsParams()
     columns: ColumnsParams = ColumnsParams()
     eval_sources: dict[str, EvalSource] = Field(default_factory=dict, description="Benchmark name -> file or hub id.")
     eval_split: str = "test"
@@ -244,7 +286,7 @@ class ScoreOrmParams(_Section):
 class ScorePrmParams(_Section):
     """Process: how good is the reasoning?"""
 
-    judge: Literal["steps", "steps-gullible"] = "steps"
+    judge: Literal["steps", "steps-gullible", "readability"] = "steps"
     max_failed_share: Share = 0.2
 
 
@@ -376,6 +418,8 @@ class Params(_Section):
     def _benchmarks_made(self) -> list[str]:
         if self.prepare.source == "sums":
             return list(self.prepare.sums.eval)
+        if self.prepare.source == "programs":
+            return list(self.prepare.programs.eval)
         return [*self.prepare.eval_sources, *(["holdout"] if self.prepare.holdout else [])]
 
     @property
