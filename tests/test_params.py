@@ -33,6 +33,13 @@ def test_the_paper_preset_carries_the_published_recipe() -> None:
     assert (params.evaluate.samples_per_problem, params.evaluate.temperature, params.evaluate.top_p) == (4, 0.7, 1.0)
 
 
+def test_the_preset_of_programs_asks_the_sandbox_and_the_judge_of_readability() -> None:
+    params = load_params(ROOT / "params.yaml", preset=ROOT / PRESETS / "programs.yaml")
+    assert (params.prepare.source, params.score_prm.judge, params.score_orm.workers) == ("programs", "readability", 2)
+    assert params.evaluate.benchmarks == tuple(params.prepare.programs.eval)
+    assert params.advantage == load_params(ROOT / "params.yaml").advantage
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
