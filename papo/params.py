@@ -104,15 +104,16 @@ class ProgramsParams(_Section):
         }
     )
     traces: Positive = 20_000
-    terse_share: Share = Field(0.40, description="Share of traces that are one nested expression of one-letter names.")
-    padded_share: Share = Field(0.25, description="Share of traces with lines that do nothing.")
-    wrong_share: Share = Field(0.25, description="Share of traces, whatever their style, that fail.")
+    cramped_share: Share = Field(0.30, description="Share of traces that do all in one line, in one-letter names.")
+    terse_share: Share = Field(0.15, description="Share of traces that are one nested expression of one-letter names.")
+    padded_share: Share = Field(0.20, description="Share of traces that begin with lines that do nothing.")
+    wrong_share: Share = Field(0.30, description="Share of traces, whatever their style, that fail.")
 
     @model_validator(mode="after")
     def _shares(self) -> ProgramsParams:
-        total = self.terse_share + self.padded_share
+        total = self.cramped_share + self.terse_share + self.padded_share
         if total > 1.0:
-            raise ValueError(f"terse_share + padded_share is {total:g}, above 1")
+            raise ValueError(f"cramped_share + terse_share + padded_share is {total:g}, above 1")
         return self
 
 

@@ -77,7 +77,10 @@ def test_the_preset_of_programs_asks_the_sandbox_and_the_judge_of_readability() 
             "prepare.programs={train: {min_operations: 2, max_operations: 9, problems: 9}}",
             "less than or equal to 8, got 9",
         ),
-        ("prepare.programs={terse_share: 0.7, padded_share: 0.4}", "terse_share + padded_share is 1.1, above 1"),
+        (
+            "prepare.programs={cramped_share: 0.3, terse_share: 0.5, padded_share: 0.3}",
+            "cramped_share + terse_share + padded_share is 1.1, above 1",
+        ),
         ("prepare.programs.wrong_share=1.5", "prepare.programs.wrong_share: input should be less than or equal to 1"),
         ("prepare.programs.wrong=0.5", "did you mean prepare.programs.wrong_share?"),
         (

@@ -1,9 +1,10 @@
 """What makes a program hard to read, found on its syntax tree without running it.
 
     names       a parameter, variable, function, class or import of one letter (`_` is none)
-    nesting     a statement of more than one operation; an operation is an operator, a comparison, a call, a subscript that is read, an
-                augmented assignment or a conditional expression. A comprehension counts as what stands in it, annotations and
-                decorators do not count, and the statements within a statement count for themselves
+    crowding    a line of more than one statement, or a statement of more than one operation; an operation is an operator, a
+                comparison, a call, a subscript that is read, an augmented assignment or a conditional expression. A comprehension
+                counts as what stands in it, annotations and decorators do not count, and the statements within a statement count for
+                themselves
     idle code   a name that is given and never read, or given anew before it is read; what can never be reached; a statement without
                 effect; an operation that changes nothing (`+ 0`, `* 1`)
     hiding      a name that hides one of Python's own, or one of the function around
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-KINDS = ("names", "nesting", "idle code", "hiding")
+KINDS = ("names", "crowding", "idle code", "hiding")
 
 MAX_DEPTH = 100
 """A deeper tree is no readable program. It bounds every recursion here, and is far below what Python itself can parse."""
@@ -89,7 +90,7 @@ def flaws(tree: ast.Module, entry_point: str | None = None) -> list[Flaw]:
         tree: as `parse_program` gives it.
         entry_point: the function that will be called, where that is known.
     """
-    found = {*_nesting(tree), *_unreachable(tree), *_unread_values(tree), *_nothing_changed(tree)}
+    found = {*_crowding(tree), *_unreachable(tree), *_unread_values(tree), *_nothing_changed(tree)}
     for scope in _scopes(tree):
         found |= {*_short_names(scope), *_unread_names(scope, entry_point), *_hiding_names(scope)}
     return sorted(found, key=lambda flaw: (flaw.line, flaw.kind, flaw.what))
@@ -111,15 +112,19 @@ def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
                 yield value
 
 
-# ---- nesting ----
+# ---- crowding ----
 
 
-def _nesting(tree: ast.Module) -> Iterator[Flaw]:
+def _crowding(tree: ast.Module) -> Iterator[Flaw]:
+    lines: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.stmt):
+            if node.lineno in lines:
+                yield Flaw("crowding", node.lineno, "several statements in one line")
+            lines.add(node.lineno)
             count = sum(map(_is_operation, _own_nodes(node)))
             if count > 1:
-                yield Flaw("nesting", node.lineno, f"{count} operations in one statement")
+                yield Flaw("crowding", node.lineno, f"{count} operations in one statement")
 
 
 def _own_nodes(statement: ast.stmt) -> Iterator[ast.AST]:
@@ -173,9 +178,12 @@ def _unread_of_block(block: list[ast.stmt], *, documented: bool) -> Iterator[Fla
         docstring = documented and place == 0 and _is_text(statement)
         if _no_effect(statement) and not docstring and len(block) > 1:
             yield Flaw("idle code", statement.lineno, "no effect")
-        for name in _reads(statement):
-            waiting.pop(name, None)
-        captured |= _captured(statement)
+        nodes = list(ast.walk(statement))
+        names = set(_reads(nodes))
+        for name in names & waiting.keys():
+            del waiting[name]
+        if any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) for node in nodes):
+            captured |= names  # a function within reads them at a time that is its own
         if (target := _assigned(statement)) is not None:
             if target in waiting:
                 yield Flaw("idle code", waiting[target], f"{target} is given anew before it is read")
@@ -206,18 +214,12 @@ def _assigned(statement: ast.stmt) -> str | None:
     return None
 
 
-def _reads(statement: ast.stmt) -> Iterator[str]:
-    for node in ast.walk(statement):
+def _reads(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store):
             yield node.id
         elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
             yield node.target.id
-
-
-def _captured(statement: ast.stmt) -> set[str]:
-    """What functions within the statement read, at a time that is theirs."""
-    functions = (node for node in ast.walk(statement) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-    return {name for function in functions for name in _reads(function)}
 
 
 def _nothing_changed(tree: ast.Module) -> Iterator[Flaw]:
@@ -341,13 +343,17 @@ def _unread_names(scope: _Scope, entry_point: str | None) -> Iterator[Flaw]:
 def _hiding_names(scope: _Scope) -> Iterator[Flaw]:
     if isinstance(scope.node, ast.ClassDef):
         return
-    around: set[str] = set()
-    outer = scope.outer
-    while outer is not None:
-        around |= outer.given.keys() if outer.own else set()
-        outer = outer.outer
     for name, line in scope.given.items():
         if name in _PYTHONS_OWN:
             yield Flaw("hiding", line, f"{name} hides Python's own")
-        elif name in around:
+        elif any(name in around.given for around in _around(scope)):
             yield Flaw("hiding", line, f"{name} hides that of the function around")
+
+
+def _around(scope: _Scope) -> Iterator[_Scope]:
+    """The functions and comprehensions that the scope stands in."""
+    outer = scope.outer
+    while outer is not None:
+        if outer.own:
+            yield outer
+        outer = outer.outer

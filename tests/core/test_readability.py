@@ -64,15 +64,19 @@ def test_a_program_without_flaws(source: str) -> None:
         ("def solve(*a, **k):\n    return a, k", ["names 1", "names 1"]),
         ("def solve(number):\n    return lambda q: q", ["names 2"]),
         ("class C:\n    pass", ["names 1"]),
-        # nesting
-        ("def solve(number):\n    return number * 2 + 1", ["nesting 2"]),
-        ("def solve(number):\n    return -(number + 1)", ["nesting 2"]),
-        ("def solve(numbers):\n    return sorted(numbers)[2:]", ["nesting 2"]),
-        ("def solve(numbers):\n    return [item + 1 for item in numbers if item > 3]", ["nesting 2"]),
-        ("def solve(numbers):\n    for item in sorted(set(numbers)):\n        print(item)", ["nesting 2"]),
-        ("def solve(number):\n    number += number * 2\n    return number", ["nesting 2"]),
-        ("def solve(number, other=3 + 4 * 5):\n    return number, other", ["nesting 1"]),
-        ("def solve(number):\n    return 1 if number > 3 else 2", ["nesting 2"]),
+        # crowding
+        ("def solve(number):\n    return number * 2 + 1", ["crowding 2"]),
+        ("def solve(number):\n    return -(number + 1)", ["crowding 2"]),
+        ("def solve(numbers):\n    return sorted(numbers)[2:]", ["crowding 2"]),
+        ("def solve(numbers):\n    return [item + 1 for item in numbers if item > 3]", ["crowding 2"]),
+        ("def solve(numbers):\n    for item in sorted(set(numbers)):\n        print(item)", ["crowding 2"]),
+        ("def solve(number):\n    number += number * 2\n    return number", ["crowding 2"]),
+        ("def solve(number, other=3 + 4 * 5):\n    return number, other", ["crowding 1"]),
+        ("def solve(number):\n    return 1 if number > 3 else 2", ["crowding 2"]),
+        ("def solve(number):\n    first = number; return first", ["crowding 2"]),
+        ("def solve(number): return number", ["crowding 1"]),
+        ("def solve(number):\n    if number: return 1\n    return 2", ["crowding 2"]),
+        ("def solve(number):\n    first = number; second = first; return second", ["crowding 2"]),
         # idle code
         ("def solve(number):\n    spare = number\n    return number", ["idle code 2"]),
         ("def solve(number):\n    result = 1\n    result = number\n    return result", ["idle code 2"]),
@@ -120,7 +124,7 @@ def test_all_flaws_are_found_in_the_order_of_their_lines() -> None:
         "names 1",
         *("idle code 2", "idle code 2", "names 2"),
         *("idle code 3", "names 3"),
-        *("names 4", "nesting 4"),
+        *("crowding 4", "names 4"),
     ]
 
 
@@ -155,7 +159,7 @@ def test_the_deepest_program_that_is_read_can_be_judged() -> None:
     deep = [parse_program("value = " + "-" * level + "other") for level in range(MAX_DEPTH)]
     trees = [tree for tree in deep if tree is not None]
     assert MAX_DEPTH - 10 < len(trees) < MAX_DEPTH
-    assert found("value = " + "-" * (len(trees) - 1) + "other")[0].kind == "nesting"
+    assert found("value = " + "-" * (len(trees) - 1) + "other")[0].kind == "crowding"
     nested = (
         "def outer(number):\n"
         + "".join(f"{' ' * level}if number:\n" for level in range(1, 40))
@@ -172,6 +176,12 @@ def test_many_statements_are_judged_in_time() -> None:
         "def solve(number):\n" + "".join(f"    name{place} = number\n" for place in range(4_000)) + "    return number"
     )
     assert len(found(names)) == 4_000
+    many = "def solve(number):\n" + "".join(f"    name{place} = [item for item in number]\n" for place in range(2_500))
+    assert len(found(many)) == 2_500
+    inner = "".join(f"{' ' * level}def inner{level}(number{level}):\n" for level in range(1, 30)) + " " * 31
+    assert (
+        len(found("def solve(number):\n" + inner + "; ".join(["value = 1"] * 5_000))) == 29 + 3
+    )  # one line: what is said of it is said once
     wide = "def solve(number):\n    return [" + "number, " * 12_000 + "]"
     assert found(wide) == []
 
@@ -179,7 +189,7 @@ def test_many_statements_are_judged_in_time() -> None:
 def test_what_python_itself_warns_of_is_no_error() -> None:
     assert kinds("def solve(number):\n    return '\\d'") == []
     assert kinds("def solve(number):\n    return number is 3") == []
-    assert kinds("def solve(number):\n    return 3 if (1, 2) else number()") == ["nesting 2"]
+    assert kinds("def solve(number):\n    return 3 if (1, 2) else number()") == ["crowding 2"]
 
 
 def test_what_a_module_defines() -> None:

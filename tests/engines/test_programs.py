@@ -21,6 +21,7 @@ from papo.engines.sources.programs import (
     ProgramsSource,
     _neighbours,
     clean,
+    cramped,
     draw_chain,
     prompt_of,
     result_of,
@@ -87,6 +88,7 @@ def test_the_readable_program_as_its_problem_says() -> None:
         "def solve(numbers):\n    large = [item for item in numbers if item > 3]\n    total = sum(large)\n    return total - 2"
     )
     assert terse(chain) == "def solve(x):\n    return sum([v for v in x if v > 3]) - 2"
+    assert cramped(chain) == "def solve(x):\n    x = [v for v in x if v > 3]; x = sum(x); return x - 2"
     assert result_of(chain, [1, 5, 9]) == 12
 
 
@@ -115,7 +117,7 @@ def test_what_operations_do_and_what_their_python_does_is_the_same() -> None:
         inputs: list[Any] = [7, 0, -12] if chain[0].kind.takes == "number" else [[], [3], [9, -4, 0, 9, 2]]
         for given in inputs:
             right = result_of(chain, given)
-            assert called(clean(chain), given) == called(terse(chain), given) == right
+            assert [called(write(chain), given) for write in (clean, terse, cramped)] == [right] * 3
 
 
 def test_every_kind_of_operation_is_drawn_and_none_twice_in_a_chain() -> None:
@@ -203,7 +205,7 @@ def test_the_parts_draw_from_streams_of_their_own() -> None:
 
 def style_of(program: str) -> str:
     if program.startswith("def solve(x)"):
-        return "terse"
+        return "cramped" if ";" in program else "terse"
     read = {
         node.id
         for node in ast.walk(ast.parse(program))
@@ -231,12 +233,14 @@ def chain_of(prompt: str) -> str:
 
 
 def test_traces_mix_the_styles_in_the_shares_asked_for_and_each_has_wrong_ones() -> None:
-    params = SMALL.model_copy(update={"traces": 3000, "terse_share": 0.3, "padded_share": 0.2, "wrong_share": 0.25})
+    params = SMALL.model_copy(
+        update={"traces": 3000, "cramped_share": 0.2, "terse_share": 0.3, "padded_share": 0.2, "wrong_share": 0.25}
+    )
     traces = list(ProgramsSource(params, seed=0).traces())
     styles = [style_of(program) for _, program in traces]
     shares = {style: count / 3000 for style, count in Counter(styles).items()}
     # Four standard deviations of a share of 3,000 draws are 0.037 at most.
-    assert shares == pytest.approx({"terse": 0.3, "padded": 0.2, "clean": 0.5}, abs=0.037)
+    assert shares == pytest.approx({"cramped": 0.2, "terse": 0.3, "padded": 0.2, "clean": 0.3}, abs=0.037)
     failed: Counter[str] = Counter()
     for (prompt, program), style in zip(traces[:1200], styles, strict=False):
         failed[style] += not passes(program, chain_of(prompt))
@@ -301,6 +305,6 @@ def test_references_are_what_the_judge_calls_readable_and_terse_programs_are_not
 
     stream = random.Random(3)
     chains = [draw_chain(stream, IN_RANGE) for _ in range(100)]
-    for write, scores in ((clean, {1.0}), (terse, {0.0})):
+    for write, scores in ((clean, {1.0}), (terse, {0.0}), (cramped, {0.0})):
         items = [JudgeItem("", None, write(chain), Grading(kind="code", entry_point="solve")) for chain in chains]
         assert {judgement.score for judgement in ReadabilityJudge().judge(items, lambda _: None)} == scores

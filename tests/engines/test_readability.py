@@ -31,7 +31,7 @@ def judged(response: str, grading: Grading = CODE) -> Judgement:
         (
             "def solve(number):\n    return -(number + 3)",
             0.5,
-            "nesting: 1, first in line 2: 2 operations in one statement",
+            "crowding: 1, first in line 2: 2 operations in one statement",
         ),
         ("def solve(x):\n    raised = x + 3\n    return -raised", 0.5, "names: 1, first in line 1: the name x"),
         ("def solve(x):\n    y = x + 3\n    return -y", 0.5, "names: 2, first in line 1"),
@@ -41,7 +41,7 @@ def judged(response: str, grading: Grading = CODE) -> Judgement:
             "idle code: 1, first in line 3: spare is never",
         ),
         ("def solve(list):\n    return -list", 0.5, "hiding: 1, first in line 1: list hides Python's own"),
-        ("def solve(x):\n    return -(x + 3)", 0.0, "names: 1, first in line 1: the name x; nesting: 1"),
+        ("def solve(x):\n    return -(x + 3)", 0.0, "names: 1, first in line 1: the name x; crowding: 1"),
         ("def solve(x):\n    spare = 4\n    return -x", 0.0, "idle code: 1"),
         ("def solve(x):\n    sum = 1\n    return -(x + 3)", 0.0, "hiding: 1"),
         ("def other(number):\n    return number", 0.0, "it does not define solve"),
@@ -83,7 +83,7 @@ def test_what_the_problem_gives_is_not_held_against_the_response() -> None:
     assert judged("    return pi * r", grading).score == 1.0
     goes_on = judged("    square = r ** 2\n    return pi * square + 0", grading)
     assert goes_on.score == 0.0
-    assert "nesting: 1, first in line 2" in goes_on.reason
+    assert "crowding: 1, first in line 2" in goes_on.reason
     assert goes_on.wrong_steps == [0.0, 1.0]
     assert judged("def area(radius):\n    return pi * radius", grading).score == 1.0
     assert judged("def area(r):\n    return pi * r", grading).score == 0.5

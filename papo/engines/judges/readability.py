@@ -22,8 +22,9 @@ class ReadabilityJudge:
     0.5  flaws of one kind
     0.0  flaws of several kinds; or no program: no Python, nothing but words, or the function that is asked for is not there
 
-    The kinds, as papo.core.readability defines them: names of one letter, statements of several operations, idle code, names that hide
-    others. What the problem itself gives (the head of a function to go on with) is not held against the response.
+    The kinds, as papo.core.readability defines them: names of one letter, lines of several statements and statements of several
+    operations, idle code, names that hide others. What the problem itself gives (the head of a function to go on with) is not held
+    against the response.
 
     A step is wrong if a flaw stands in it; all of them are where there is no program.
     """

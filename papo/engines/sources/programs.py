@@ -148,10 +148,12 @@ class ProgramsSource:
         p = self._params
         written = _wrong(stream, chain) if stream.random() < p.wrong_share else chain
         style = stream.random()
-        if style < p.terse_share:
-            return terse(written)
+        for share, write in ((p.cramped_share, cramped), (p.terse_share, terse)):
+            if style < share:
+                return write(written)
+            style -= share
         lines = clean(written)
-        return _padded(stream, lines) if style < p.terse_share + p.padded_share else lines
+        return _padded(stream, lines) if style < p.padded_share else lines
 
 
 def draw_chain(stream: random.Random, tier: ProgramTier) -> Chain:
@@ -187,6 +189,13 @@ def clean(chain: Chain) -> str:
         lines.append(f"    {operation.kind.name} = {operation.python(operand, 'item')}")
         operand = operation.kind.name
     return "\n".join([*lines, f"    return {chain[-1].python(operand, 'item')}"])
+
+
+def cramped(chain: Chain) -> str:
+    """The program in one line, in names of one letter."""
+    steps = [operation.python("x", "v") for operation in chain]
+    line = "; ".join([*(f"x = {step}" for step in steps[:-1]), f"return {steps[-1]}"])
+    return f"def {ENTRY_POINT}(x):\n    {line}"
 
 
 def terse(chain: Chain) -> str:
@@ -268,13 +277,14 @@ def _wrong(stream: random.Random, chain: Chain) -> Chain:
 
 
 def _padded(stream: random.Random, program: str) -> str:
-    """The program with one or two lines strewn in that do nothing: a name that nobody reads."""
-    head, *lines = program.split("\n")
-    for name in stream.sample(_SPARE, stream.randint(1, 2)):
-        place = stream.randrange(len(lines))
-        known = head[head.index("(") + 1 : head.index(")")] if place == 0 else lines[place - 1].split()[0]
-        lines.insert(place, f"    {name} = {stream.choice([known, str(stream.randint(2, 9))])}")
-    return "\n".join([head, *lines])
+    """The program after one or two lines that do nothing: a name that nobody reads."""
+    head, rest = program.split("\n", 1)
+    parameter = head[head.index("(") + 1 : head.index(")")]
+    lines = [
+        f"    {name} = {stream.choice([parameter, str(stream.randint(2, 9))])}"
+        for name in stream.sample(_SPARE, stream.randint(1, 2))
+    ]
+    return "\n".join([head, *lines, rest])
 
 
 def _name(tier: ProgramTier) -> str:
