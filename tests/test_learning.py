@@ -104,8 +104,8 @@ def _reason() -> str:
 
 
 REASON = _reason()
-# Less of a warm start and five rounds: enough to see the direction.
-SHORT = ["run.rounds=5", "warmstart.steps=400", "prepare.programs.traces=10000", "evaluate.samples_per_problem=2"]
+# Less of a warm start and fewer rounds: enough to see the direction.
+SHORT = ["run.rounds=6", "warmstart.steps=700", "prepare.programs.traces=10000", "evaluate.samples_per_problem=2"]
 
 
 @pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}")
@@ -115,7 +115,7 @@ def test_programs_that_pass_become_readable_and_no_fewer_pass(tmp_path: Path) ->
     checkout.papo("run", "--preset", "programs", "--workspace", "runs/programs", *settings)
     run = tmp_path / "runs/programs"
     accuracy, readable = signals(run, "accuracy"), signals(run, "prm_mean_correct")
-    assert 0.2 < accuracy[0] < 0.7
+    assert 0.2 < accuracy[0] < 0.75
     assert readable[0] < 0.7
     assert readable[-1] > readable[0] + 0.1
     assert min(accuracy[-2:]) > accuracy[0] - 0.1
