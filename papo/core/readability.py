@@ -33,7 +33,10 @@ _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _LEAVES = (ast.Return, ast.Raise, ast.Break, ast.Continue)
 _EFFECTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)
 _OUTSIDE = frozenset({"annotation", "returns", "decorator_list", "type_comment"})
-_PYTHONS_OWN = frozenset(name for name in dir(builtins) if not name.startswith("_"))
+# Not `exit` and the like, which are there only where the module `site` was imported.
+_PYTHONS_OWN = frozenset(
+    name for name, value in vars(builtins).items() if not name.startswith("_") and type(value).__module__ == "builtins"
+)
 
 
 class Flaw(NamedTuple):
@@ -268,7 +271,9 @@ def _visit(node: ast.AST, scope: _Scope, scopes: list[_Scope]) -> None:
     elif isinstance(node, ast.Global | ast.Nonlocal):
         scope.shared |= set(node.names)
         scope.read |= scope.shared  # who reads them elsewhere is not looked for
-    elif isinstance(node, ast.alias):
+    elif isinstance(node, ast.ImportFrom) and node.module == "__future__":
+        return
+    elif isinstance(node, ast.alias) and node.name != "*":
         _give(scope, (node.asname or node.name).split(".")[0], node.lineno)
     elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar | ast.MatchMapping):
         name = node.rest if isinstance(node, ast.MatchMapping) else node.name

@@ -43,6 +43,8 @@ CLEAN = [
     "def solve(numbers):\n    return lambda number: number",
     "async def solve(numbers):\n    return await numbers",
     "def solve(*numbers, **options):\n    return numbers, options",
+    "from __future__ import annotations\nfrom math import *\n\ndef solve(number):\n    return number",
+    "def solve(exit):\n    return exit",
     "@cached(size=3 + 4)\ndef solve(number):\n    return number",
 ]
 
