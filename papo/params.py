@@ -28,8 +28,8 @@ Metric = Literal["avg_at_k", "pass_at_k", "maj_at_k"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
-GENERATED = ("sums",)
-"""Sources that are made here, not read."""
+GENERATED = ("sums", "programs")
+"""Sources that are made by the seed alone, with benchmarks and traces of their own."""
 
 PRESETS = Path("infra/presets")
 BENCHMARKS = Path(__file__).parent / "benchmarks"
@@ -82,6 +82,44 @@ class SumsParams(_Section):
         total = self.merged_share + self.bare_share + self.verbose_share
         if total > 1.0:
             raise ValueError(f"merged_share + bare_share + verbose_share is {total:g}, above 1")
+        return self
+
+
+class ProgramTier(_Section):
+    """Problems of one difficulty: programs that do this many operations in turn."""
+
+    min_operations: int = Field(ge=2, le=8)
+    max_operations: int = Field(ge=2, le=8)
+    problems: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ProgramTier:
+        if self.min_operations > self.max_operations:
+            raise ValueError(f"min_operations {self.min_operations} is above max_operations {self.max_operations}")
+        return self
+
+
+class ProgramsParams(_Section):
+    """The generated programming problems and the programs that the embedded policy is warm-started on."""
+
+    train: ProgramTier = ProgramTier(min_operations=2, max_operations=4, problems=1024)
+    eval: dict[str, ProgramTier] = Field(
+        default_factory=lambda: {
+            "programs-in-range": ProgramTier(min_operations=2, max_operations=4, problems=100),
+            "programs-hard": ProgramTier(min_operations=5, max_operations=5, problems=50),
+        }
+    )
+    traces: Positive = 20_000
+    cramped_share: Share = Field(0.30, description="Share of traces that do all in one line, in one-letter names.")
+    terse_share: Share = Field(0.15, description="Share of traces that are one nested expression of one-letter names.")
+    padded_share: Share = Field(0.20, description="Share of traces that begin with lines that do nothing.")
+    wrong_share: Share = Field(0.30, description="Share of traces, whatever their style, that fail.")
+
+    @model_validator(mode="after")
+    def _shares(self) -> ProgramsParams:
+        total = self.cramped_share + self.terse_share + self.padded_share
+        if total > 1.0:
+            raise ValueError(f"cramped_share + terse_share + padded_share is {total:g}, above 1")
         return self
 
 
@@ -163,13 +201,16 @@ class TiersParams(_Section):
 class PrepareParams(_Section):
     """Problem sets: generated, or loaded in one of the formats; what training problems have to fulfil."""
 
-    source: str = Field("sums", min_length=1, description="`sums`, a local file (.jsonl, .parquet, ...), or a hub id.")
+    source: str = Field(
+        "sums", min_length=1, description="`sums`, `programs`, a local file (.jsonl, .parquet, ...), or a hub id."
+    )
     format: Format = Field("auto", description="auto: by the columns there are; `columns` where the mapping is set.")
     split: str = "train"
     subset: str | None = Field(None, description="Of the hub, such as main for openai/gsm8k.")
     revision: str | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     sums: SumsParams = SumsParams()
+    programs: ProgramsParams = ProgramsParams()
     columns: ColumnsParams = ColumnsParams()
     eval_sources: dict[str, EvalSource] = Field(default_factory=dict, description="Benchmark name -> file or hub id.")
     eval_split: str = "test"
@@ -192,10 +233,15 @@ class PrepareParams(_Section):
     def _consistent(self) -> PrepareParams:
         if self.tiers is not None and self.pass_rate_column is None:
             raise ValueError("tiers need a column of pass rates: set tiers.pass_rate or columns.pass_rate")
-        generated = self.sums.eval if self.source == "sums" else {}
-        if taken := {"train", *generated, *(["holdout"] if self.holdout else [])} & self.eval_sources.keys():
+        if taken := {"train", *self.generated, *(["holdout"] if self.holdout else [])} & self.eval_sources.keys():
             raise ValueError(f"eval_sources: {', '.join(sorted(taken))} is the name of another set")
         return self
+
+    @property
+    def generated(self) -> list[str]:
+        """Benchmarks that a generated source makes."""
+        made = {"sums": list(self.sums.eval), "programs": list(self.programs.eval)}
+        return made.get(self.source, [])
 
     @property
     def pass_rate_column(self) -> str | None:
@@ -320,7 +366,7 @@ class ScoreOrmParams(_Section):
 class ScorePrmParams(_Section):
     """Process: how good is the reasoning?"""
 
-    judge: Literal["steps", "steps-gullible"] = "steps"
+    judge: Literal["steps", "steps-gullible", "readability"] = "steps"
     max_failed_share: Share = 0.2
 
 
@@ -477,9 +523,8 @@ class Params(_Section):
     @property
     def benchmarks_made(self) -> list[str]:
         """Names of those that prepare makes."""
-        if self.prepare.source == "sums":
-            return [*self.prepare.sums.eval, *self.prepare.eval_sources]
-        return [*self.prepare.eval_sources, *(["holdout"] if self.prepare.holdout else [])]
+        held_out = ["holdout"] if self.prepare.holdout and self.prepare.source not in GENERATED else []
+        return [*self.prepare.generated, *self.prepare.eval_sources, *held_out]
 
     @property
     def evaluated_rounds(self) -> list[int]:

@@ -1,4 +1,7 @@
-"""The embedded default really learns, on three seeds; a gamed judge makes PRM collapse and leaves PAPO standing."""
+"""The embedded default really learns, on three seeds; a gamed judge makes PRM collapse and leaves PAPO standing.
+
+And in a second world, of programs, the readability of those that pass rises where the judge of readability is asked.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import pytest
 from checkout import Checkout
 
 from papo.core.alarms import fired
+from papo.engines.sandbox import Sandbox
+from papo.errors import SetupError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -87,4 +92,33 @@ def test_papo_does_not_collapse_under_the_same_judge(trained: Checkout) -> None:
     accuracy = signals(run, "accuracy")
     assert accuracy[-1] > max(accuracy) / 2
     assert evaluation(run)["gain"]["value"] > 0
+    assert fired(history(run)) == []
+
+
+def _reason() -> str:
+    try:
+        Sandbox().check()
+    except SetupError as error:
+        return str(error)
+    return ""
+
+
+REASON = _reason()
+# Less of a warm start and fewer rounds: enough to see the direction.
+SHORT = ["run.rounds=6", "warmstart.steps=700", "prepare.programs.traces=10000", "evaluate.samples_per_problem=2"]
+
+
+@pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}")
+def test_programs_that_pass_become_readable_and_no_fewer_pass(tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path)
+    settings = [part for override in ("tracking.enabled=false", *SHORT) for part in ("--set", override)]
+    checkout.papo("run", "--preset", "programs", "--workspace", "runs/programs", *settings)
+    run = tmp_path / "runs/programs"
+    accuracy, readable = signals(run, "accuracy"), signals(run, "prm_mean_correct")
+    assert 0.2 < accuracy[0] < 0.75
+    assert readable[0] < 0.7
+    assert readable[-1] > readable[0] + 0.1
+    assert min(accuracy[-2:]) > accuracy[0] - 0.1
+    metrics = json.loads((run / "artifacts/evaluation/metrics.json").read_text())["programs-in-range"]
+    assert metrics["gain"]["value"] > -0.05
     assert fired(history(run)) == []

@@ -33,6 +33,13 @@ def test_the_paper_preset_carries_the_published_recipe() -> None:
     assert (params.evaluate.samples_per_problem, params.evaluate.temperature, params.evaluate.top_p) == (4, 0.7, 1.0)
 
 
+def test_the_preset_of_programs_asks_the_sandbox_and_the_judge_of_readability() -> None:
+    params = load_params(ROOT / "params.yaml", preset=ROOT / PRESETS / "programs.yaml")
+    assert (params.prepare.source, params.score_prm.judge, params.score_orm.workers) == ("programs", "readability", 2)
+    assert params.evaluate.benchmarks == tuple(params.prepare.programs.eval)
+    assert params.advantage == load_params(ROOT / "params.yaml").advantage
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -58,6 +65,29 @@ def test_the_paper_preset_carries_the_published_recipe() -> None:
         ("prepare.prompt_template=solve this", "must contain {prompt}"),
         ("prepare.prompt_template='{prompt} in \\boxed{}'", "only {prompt} may stand in single braces"),
         ("prepare.sums={train: {min_terms: 5, max_terms: 3, problems: 9}}", "min_terms 5 is above max_terms 3"),
+        (
+            "prepare.programs={train: {min_operations: 4, max_operations: 3, problems: 9}}",
+            "min_operations 4 is above max_operations 3",
+        ),
+        (
+            "prepare.programs={train: {min_operations: 1, max_operations: 3, problems: 9}}",
+            "greater than or equal to 2, got 1",
+        ),
+        (
+            "prepare.programs={train: {min_operations: 2, max_operations: 9, problems: 9}}",
+            "less than or equal to 8, got 9",
+        ),
+        (
+            "prepare.programs={cramped_share: 0.3, terse_share: 0.5, padded_share: 0.3}",
+            "cramped_share + terse_share + padded_share is 1.1, above 1",
+        ),
+        ("prepare.programs.wrong_share=1.5", "prepare.programs.wrong_share: input should be less than or equal to 1"),
+        ("prepare.programs.wrong=0.5", "did you mean prepare.programs.wrong_share?"),
+        (
+            "prepare.source=programs",
+            "sums-in-range is not made by prepare, which makes programs-in-range, programs-hard",
+        ),
+        ("score_prm.judge=readable", "score_prm.judge: input should be"),
         ("run=3", "run: input should be a valid dictionary"),
         ("score_orm.second_opinion={}", "score_orm.second_opinion.model: field required"),
         ("score_orm.second_opinion.model=''", "score_orm.second_opinion.model: string should have at least 1"),

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from papo.core.steps import operations, parse_problem
-from papo.engines.tokenizer import build_tokenizer
-from papo.errors import MissingInputError, ParamsError
+from papo.engines.sandbox import Sandbox
+from papo.engines.tokenizer import build_tokenizer, token_starts
+from papo.errors import MissingInputError, ParamsError, SetupError
 from papo.inspection import rederive
 from papo.params import load_params
 from papo.pipeline import CODE, ROUND_STAGES, STAGES, Step, evaluate_policies, run_step, steps
-from papo.schemas import ADVANTAGES, EVALUATION, PRM, PROBLEMS, ROLLOUTS
+from papo.schemas import ADVANTAGES, EVALUATION, ORM, PRM, PROBLEMS, ROLLOUTS
 from papo.store.files import digest
 from papo.store.layout import Workspace
 from papo.store.manifest import Context
@@ -24,6 +25,18 @@ from papo.store.tables import read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 GSM8K = ROOT.parent / "shared/data/gsm8k_test.jsonl"
+
+
+def _reason() -> str:
+    try:
+        Sandbox().check()
+    except SetupError as error:
+        return str(error)
+    return ""
+
+
+REASON = _reason()
+sandboxed = pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}")
 
 
 def test_the_steps_of_a_run_in_order() -> None:
@@ -148,6 +161,60 @@ def test_capo_from_the_judge_to_the_policy(started_checkout: Path) -> None:
     (again,) = rederive(params.advantage, here, variant="capo", round_=0).rows
     assert (again.stored, again.changes.sign_changed, again.changes.rank_changed) == ("capo", 0, 0)
     assert rederive(params.advantage, here, variant="orm", round_=0).rows[0].changes.rank_changed > 0
+
+
+# ---- the second world: programs, their tests and a judge of readability, through the same stages ----
+
+IDLE = "    spare = 3\n"
+SMALL_TIER = {"min_operations": 2, "max_operations": 2, "problems": 4}
+PROGRAMS = [
+    f"prepare={{source: programs, near_match: null, programs: {{train: {SMALL_TIER}, eval: {{few: {SMALL_TIER}}}, traces: 300}}}}",
+    "evaluate={benchmarks: [few], samples_per_problem: 1}",
+    "score_prm.judge=readability",
+    "run.rounds=1",
+]
+
+
+def programmed(row: dict[str, Any], solution: str, tokenizer: Any) -> dict[str, Any]:
+    """The rollout with a program of ours: sample 0 is the reference, sample 1 has an idle line, the others are wrong."""
+    head, rest = solution.split("\n", 1)
+    text = {0: solution, 1: f"{head}\n{IDLE}{rest}"}.get(row["sample_index"], f"{head}\n    return 77")
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    return row | {"completion": text, "completion_ids": ids, "logprobs": [-1.0] * len(ids), "finish_reason": "stop"}
+
+
+@sandboxed
+@pytest.mark.parametrize("variant", ["papo", "capo"])
+def test_programs_go_through_the_same_stages(variant: str, checkout: Path) -> None:
+    from transformers import AutoTokenizer
+
+    here = Workspace(Path())
+    params = load_params(overrides=[*PROGRAMS, f"advantage={{variant: {variant}, scale: mean_only}}"])
+    for step in (Step("prepare"), Step("warmstart"), Step("rollout", 0)):
+        run_step(step, params, here, Context(work=here.work))
+    solutions = {row["problem_id"]: row["reference_solution"] for row in read_rows(here.train_problems, PROBLEMS)}
+    tokenizer = AutoTokenizer.from_pretrained(here.warmstart)
+    rows = read_rows(here.table(0, "rollouts"), ROLLOUTS)
+    texts = [programmed(row, solutions[row["problem_id"]], tokenizer) for row in rows]
+    write_rows(here.table(0, "rollouts"), ROLLOUTS, texts)
+    for stage in ("score_orm", "score_prm", "advantage", "train"):
+        run_step(Step(stage, 0), params, here, Context(work=here.work))
+    assert digest(here.policy(0)) != digest(here.warmstart)
+    outcomes, judged, advantages = (read_rows(here.table(0, table.name), table) for table in (ORM, PRM, ADVANTAGES))
+    for row, outcome, judgement, found in zip(texts, outcomes, judged, advantages, strict=True):
+        sample = row["sample_index"]
+        assert (outcome["orm_score"], judgement["prm_score"]) == {0: (1.0, 1.0), 1: (1.0, 0.5)}.get(sample, (0.0, None))
+        assert judgement["status"] == ("ok" if sample < 2 else "not_asked")
+        if variant == "papo":
+            assert found["process_advantage"] == pytest.approx({0: 0.25, 1: -0.25}.get(sample, 0.0))
+        elif sample == 1:
+            text, tokens = row["completion"], found["token_advantages"]
+            line = range(text.index(IDLE), text.index(IDLE) + len(IDLE))
+            starts = token_starts(tokenizer.backend_tokenizer, row["completion_ids"], text)
+            idle = [value for value, start in zip(tokens, starts, strict=True) if start in line]
+            others = {value for value, start in zip(tokens, starts, strict=True) if start not in line}
+            assert (len(idle), len(others)) == (4, 1)  # spare, =, 3 and the line break
+            assert idle == pytest.approx([others.pop() - params.advantage.w_proc] * 4, abs=1e-6)
 
 
 def test_capo_needs_the_tokenizer_of_the_policy(tiny_copy: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:

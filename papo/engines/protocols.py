@@ -112,6 +112,7 @@ class JudgeItem:
     problem: str
     reference_solution: str | None
     response: str
+    grading: Grading = Grading()
 
 
 @dataclass(frozen=True)

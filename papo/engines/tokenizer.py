@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from itertools import takewhile
@@ -15,18 +16,43 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-SYMBOLS = ("\\boxed{", "}", "\n", "=", "?", "+", "-", *"0123456789")
+_BOX = "\\boxed{"
+SYMBOLS = (_BOX, "}", "\n", "=", "?", "+", "-", *"0123456789")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The embedded policy's: one id a character of SYMBOLS, and one for the opening of a box; anything else becomes `<unk>`."""
+_PIECE = re.compile(r" ?(?:[^\W\d]+|[^\s])|\s")
+_LINE = re.compile(r"\n[ ]+")
+
+
+def symbols_of(texts: Iterable[str]) -> tuple[str, ...]:
+    """SYMBOLS where they write every text; else these, and after them in their order what else the texts hold.
+
+    That is each word and each other character, with and without a space before it, line breaks with the spaces that indent the next
+    line, and single characters, of which any other word can be made.
+    """
+    distinct = set(texts)
+    characters = {character for text in distinct for character in text.replace(_BOX, "")}
+    if characters <= set(SYMBOLS):
+        return SYMBOLS
+    found = {piece for text in distinct for pattern in (_LINE, _PIECE) for piece in pattern.findall(text)}
+    found |= {piece.strip(" ") for piece in found} | characters
+    return (*SYMBOLS, *sorted(found - {"", *SYMBOLS}))
+
+
+def build_tokenizer(symbols: Sequence[str] = SYMBOLS) -> PreTrainedTokenizerFast:
+    """The embedded policy's: one id a symbol, the longest that fits; a character that is none becomes `<unk>`.
+
+    The symbols of the sums are single characters, but for the opening of a box.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<eos>", "<unk>"]
-    vocabulary = {symbol: index for index, symbol in enumerate([*special, *SYMBOLS])}
+    vocabulary = {symbol: index for index, symbol in enumerate([*special, *symbols])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), behavior="isolated")
+    longer = sorted((symbol for symbol in symbols if len(symbol) > 1), key=len, reverse=True)
+    pattern = "|".join([*map(_escaped, longer), r"[\s\S]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -36,6 +62,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
     )
+
+
+def _escaped(symbol: str) -> str:
+    """A regular expression of the symbol alone."""
+    return re.sub(r"([^\w\s])", r"\\\1", symbol)
 
 
 class TokenizerAligner:

@@ -72,18 +72,18 @@ class SftWarmStarter:
             raise DataError(
                 "there are no traces to train a first policy on",
                 where="data/problems/traces.parquet",
-                fix="set warmstart.checkpoint to a folder or a model id; only the source `sums` generates traces",
+                fix="set warmstart.checkpoint to a folder or a model id; only the sources `sums` and `programs` generate traces",
             )
         import datasets
         import torch
         from transformers import PrinterCallback, TrainerCallback, set_seed
         from trl import SFTConfig, SFTTrainer
 
-        from papo.engines.tokenizer import build_tokenizer
+        from papo.engines.tokenizer import build_tokenizer, symbols_of
 
         p = self._params
         set_seed(p.seed)
-        tokenizer = build_tokenizer()
+        tokenizer = build_tokenizer(symbols_of(text for trace in traces for text in trace))
         model = _build_model(p, tokenizer)
 
         parts = _parts(p.batch_size, p.microbatch)

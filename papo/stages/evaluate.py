@@ -38,6 +38,7 @@ CODE = (
     "core/groups.py",
     "core/statistics.py",
     "core/answers.py",
+    "core/code.py",
     *SAMPLER,
     "engines/verifiers",
     "engines/sandbox.py",

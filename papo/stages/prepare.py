@@ -16,7 +16,7 @@ import numpy as np
 from papo.engines.decontamination import matches
 from papo.engines.protocols import Drop, Problem, Source
 from papo.errors import DataError
-from papo.params import PrepareParams
+from papo.params import GENERATED, PrepareParams
 from papo.schemas import DROPPED, PROBLEMS, TRACES, Grading, problem_id
 from papo.store.files import digest, replacing, write_json
 from papo.store.manifest import Context, Manifest, Task
@@ -194,7 +194,7 @@ def _usable(items: Iterable[Item], params: PrepareParams, bad: Mapping[str, str]
 
 def _split(train: list[Problem], params: PrepareParams) -> tuple[list[Problem], dict[str, list[Problem]]]:
     """What is left to train on, and the benchmark `holdout`; which are which is the source's order, and so the seed's."""
-    if not params.holdout or params.source == "sums":
+    if not params.holdout or params.source in GENERATED:
         return train, {}
     if params.holdout >= len(train) > 0:
         raise DataError(

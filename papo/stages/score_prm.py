@@ -9,7 +9,7 @@ from pathlib import Path
 from papo.core.advantages import process_needed
 from papo.engines.protocols import Judge, JudgeItem, Judgement
 from papo.params import ScorePrmParams, Variant
-from papo.schemas import ORM, PRM, ROLLOUTS
+from papo.schemas import ORM, PRM, ROLLOUTS, Grading
 from papo.stages.rows import check_aligned, check_failures, of_problems
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns, write_rows
@@ -19,8 +19,10 @@ CODE = (
     "stages/rows.py",
     "engines/judges",
     "core/advantages.py",
+    "core/code.py",
     "core/credit.py",
     "core/groups.py",
+    "core/readability.py",
     "core/steps.py",
 )
 
@@ -50,11 +52,15 @@ def run(params: ScorePrmParams, inputs: Inputs, out: Path, *, engine: Judge, con
     rollouts = read_columns(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "prompt", "completion")
     orm = read_columns(inputs.orm, ORM, "problem_id", "sample_index", "orm_score")
     check_aligned(rollouts, orm, inputs.orm)
-    references = of_problems(inputs.problems, "reference_solution", {row["problem_id"] for row in rollouts})
+    ids = {row["problem_id"] for row in rollouts}
+    references = of_problems(inputs.problems, "reference_solution", ids)
+    gradings = {
+        key: Grading.model_validate_json(text) for key, text in of_problems(inputs.problems, "grading", ids).items()
+    }
     outcomes = [row["orm_score"] for row in orm]
     asked = process_needed(inputs.variant, outcomes, [row["problem_id"] for row in orm]).tolist()
     items = [
-        JudgeItem(row["prompt"], references[row["problem_id"]], row["completion"])
+        JudgeItem(row["prompt"], references[row["problem_id"]], row["completion"], gradings[row["problem_id"]])
         for row, ask in zip(rollouts, asked, strict=True)
         if ask
     ]

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from papo.core.code import MAX_CODE_CHARS, extract_code
 from papo.engines.protocols import Progress, Verdict, VerifyItem
 from papo.engines.sandbox import Program, Ran, Sandbox
 from papo.engines.verifiers import make_verifier
 from papo.engines.verifiers.by_kind import VerifierByKind
-from papo.engines.verifiers.code import MAX_CODE_CHARS, CodeVerifier, extract_code
+from papo.engines.verifiers.code import CodeVerifier
 from papo.errors import DataError, SetupError
 from papo.params import SandboxParams, ScoreOrmParams
 from papo.schemas import Grading

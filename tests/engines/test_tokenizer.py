@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from papo.engines.sources.programs import ProgramsSource
 from papo.engines.sources.sums import SumsSource
-from papo.engines.tokenizer import SYMBOLS, TokenizerAligner, build_tokenizer, token_starts
+from papo.engines.tokenizer import SYMBOLS, TokenizerAligner, build_tokenizer, symbols_of, token_starts
 from papo.errors import CheckpointError, DataError
-from papo.params import SumsParams, Tier
+from papo.params import ProgramsParams, ProgramTier, SumsParams, Tier
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,6 +73,66 @@ def test_what_is_saved_loads_as_the_same_tokenizer(policy: Path) -> None:
     names = ("pad_token_id", "eos_token_id", "unk_token_id", "bos_token_id", "model_max_length")
     assert [getattr(loaded, name) for name in names] == [getattr(tokenizer, name) for name in names]
     assert len(loaded) == len(tokenizer)
+
+
+# ---- other worlds than that of the sums ----
+
+
+def program_texts(seed: int = 0) -> list[str]:
+    tier = ProgramTier(min_operations=2, max_operations=4, problems=1)
+    source = ProgramsSource(ProgramsParams(train=tier, eval={}, traces=400), seed=seed)
+    return [text for trace in source.traces() for text in trace]
+
+
+def test_the_vocabulary_of_the_sums_is_what_it_was() -> None:
+    traces = SumsSource(SumsParams(traces=500), seed=0).traces()
+    symbols = symbols_of(text for trace in traces for text in trace)
+    assert symbols == ("\\boxed{", "}", "\n", "=", "?", "+", "-", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+    assert symbols_of([]) == symbols
+    saved = json.loads(build_tokenizer(symbols).backend_tokenizer.to_str())
+    assert list(saved["model"]["vocab"]) == ["<pad>", "<eos>", "<unk>", *symbols]
+    assert saved["pre_tokenizer"]["pattern"] == {"Regex": "\\\\boxed\\{|[\\s\\S]"}
+
+
+@pytest.mark.parametrize("text", ["box", "\\boxed", "3 + 5", "3*5", "x{"])
+def test_what_the_symbols_of_the_sums_do_not_write_is_added(text: str) -> None:
+    symbols = symbols_of(["3+5=8\n", text])
+    assert symbols[: len(SYMBOLS)] == SYMBOLS
+    assert len(symbols) > len(SYMBOLS)
+    tokenizer = build_tokenizer(symbols)
+    assert tokenizer.unk_token_id not in ids_of(tokenizer, text)
+    assert tokenizer.decode(ids_of(tokenizer, text)) == text
+
+
+def test_programs_are_written_in_words_whatever_the_order_of_the_traces() -> None:
+    texts = program_texts()
+    symbols = symbols_of(texts)
+    assert symbols_of(reversed(texts)) == symbols == tuple(dict.fromkeys(symbols))
+    tokenizer = build_tokenizer(symbols)
+    for text in texts:
+        ids = ids_of(tokenizer, text)
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text
+    assert sum(len(ids_of(tokenizer, text)) for text in texts) < 0.35 * sum(map(len, texts))
+    program = "def solve(number):\n    return number + 3"
+    words = ["def", " solve", "(", "number", ")", ":", "\n    ", "return", " number", " +", " 3"]
+    assert [tokenizer.decode([token]) for token in ids_of(tokenizer, program)] == words
+
+
+def test_a_word_that_no_trace_holds_is_made_of_what_there_is() -> None:
+    tokenizer = build_tokenizer(symbols_of(program_texts()))
+    text = "def solved(numberless):\n        return nob"
+    assert tokenizer.decode(ids_of(tokenizer, text)) == text
+    assert ids_of(tokenizer, "Ü").count(tokenizer.unk_token_id) == 1
+
+
+def test_the_tokens_of_a_program_stand_where_they_are_said_to() -> None:
+    tokenizer = build_tokenizer(symbols_of(program_texts())).backend_tokenizer
+    for text in program_texts(seed=1):
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        assert token_starts(tokenizer, encoding.ids, text) == [start for start, _ in encoding.offsets]
+    eos = tokenizer.token_to_id("<eos>")
+    assert token_starts(tokenizer, [*encoding.ids, eos], text)[-1] == len(text)
 
 
 # ---- where tokens stand in the text ----

@@ -11,10 +11,10 @@ import pytest
 from papo.engines.protocols import JudgeItem, Judgement, Progress
 from papo.errors import DataError, FailedRowsError
 from papo.params import AdvantageParams, ScorePrmParams, Variant
-from papo.schemas import ADVANTAGES, PRM
+from papo.schemas import ADVANTAGES, PRM, PROBLEMS, Grading
 from papo.stages import advantage, score_prm
 from papo.store.manifest import Context, Manifest
-from papo.store.tables import read_rows
+from papo.store.tables import read_rows, write_rows
 
 GOOD = Judgement(
     1.0, "ok", "fine", votes=[1.0], wrong_steps=[0.0, 0.5], prompt_tokens=5, completion_tokens=2, cached=True
@@ -64,6 +64,17 @@ def run(
         problems=world.problems(),
     )
     return score_prm.run(ScorePrmParams(max_failed_share=limit), inputs, out, engine=engine, context=context)
+
+
+def test_the_judge_is_told_how_the_problem_is_graded(small_round: Any, tmp_path: Path, context: Context) -> None:
+    gradings = ['{"kind":"code","entry_point":"solve"}', "{}"]
+    path = small_round.problems()
+    rows = [row | {"grading": grading} for row, grading in zip(read_rows(path, PROBLEMS), gradings, strict=True)]
+    write_rows(path, PROBLEMS, rows)
+    small_round.problems = lambda: path
+    judge = FakeJudge(GOOD)
+    run(small_round, tmp_path / "prm.parquet", judge, context, variant="prm")
+    assert [item.grading for item in judge.asked] == [Grading(kind="code", entry_point="solve")] * 4 + [Grading()] * 4
 
 
 def test_the_table_names_every_variant() -> None:

@@ -14,4 +14,8 @@ def make_judge(params: ScorePrmParams) -> Judge:
         return StepsJudge()
     if params.judge == "steps-gullible":
         return GullibleStepsJudge()
+    if params.judge == "readability":
+        from papo.engines.judges.readability import ReadabilityJudge
+
+        return ReadabilityJudge()
     raise AssertionError(params.judge)

@@ -1,11 +1,11 @@
-"""Where problems come from: generated sums, or data sets read in one of the formats of papo/engines/sources."""
+"""Where problems come from: generated sums or programs, or data sets read in one of the formats of papo/engines/sources."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
 from papo.engines.protocols import Drop, Problem, Source
-from papo.params import PrepareParams
+from papo.params import GENERATED, PrepareParams
 
 
 def make_source(params: PrepareParams, *, warn: Callable[[str], None] = lambda text: None) -> Source:
@@ -13,12 +13,20 @@ def make_source(params: PrepareParams, *, warn: Callable[[str], None] = lambda t
     from papo.engines.sources.formats import DatasetSource
 
     loaded = DatasetSource(params, warn=warn)
-    if params.source != "sums":
+    if params.source not in GENERATED:
         return loaded
+    made = _generated(params)
+    return _WithBenchmarks(made, loaded) if params.eval_sources else made
+
+
+def _generated(params: PrepareParams) -> Source:
+    if params.source == "programs":
+        from papo.engines.sources.programs import ProgramsSource
+
+        return ProgramsSource(params.programs, seed=params.seed, prompt_template=params.prompt_template)
     from papo.engines.sources.sums import SumsSource
 
-    sums = SumsSource(params.sums, seed=params.seed, prompt_template=params.prompt_template)
-    return _WithBenchmarks(sums, loaded) if params.eval_sources else sums
+    return SumsSource(params.sums, seed=params.seed, prompt_template=params.prompt_template)
 
 
 class _WithBenchmarks:

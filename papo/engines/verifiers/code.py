@@ -11,19 +11,14 @@ What became of the program is the verdict's `detail`.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 
+from papo.core.code import extract_code, missing_prefix
 from papo.engines.protocols import Progress, Verdict, VerifyItem
 from papo.engines.sandbox import Program, Ran, Sandbox
 from papo.schemas import Grading
-
-MAX_CODE_CHARS = 100_000
-
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*$", re.MULTILINE)
-_PYTHON = ("python", "python3", "py")
 
 
 class CodeVerifier:
@@ -71,40 +66,11 @@ class CodeVerifier:
             self._checked = True
 
 
-def extract_code(completion: str) -> str | None:
-    """The last fenced block of Python, else the last fenced block without a language, else all; None where that is empty or too long.
-
-    A block that is not closed goes on to the end.
-    """
-    if len(completion) > MAX_CODE_CHARS:
-        return None
-    blocks = _blocks(completion)
-    named = [text for language, text in blocks if language.lower() in _PYTHON]
-    bare = [text for language, text in blocks if not language]
-    code = (named or bare or [completion])[-1]
-    return code if code.strip() else None
-
-
-def _blocks(text: str) -> list[tuple[str, str]]:
-    """Language and content of each fenced block."""
-    fences = list(_FENCE.finditer(text))
-    ends = [fence.start() for fence in fences[1::2]]
-    ends += [len(text)] * (len(fences) % 2)
-    return [
-        (start[1], text[start.end() + 1 : end].removesuffix("\n")) for start, end in zip(fences[::2], ends, strict=True)
-    ]
-
-
 def _program(gold: str, code: str | None, grading: Grading) -> Program | None:
-    """Code with what it lacks of the prefix: the whole where it only goes on, else what stands before the function."""
+    """Code with what it lacks of the prefix; None where there is nothing to run."""
     if code is None or not gold.strip():
         return None
-    prefix = grading.prefix or ""
-    if grading.entry_point:
-        head = re.compile(rf"^(?:async[ \t]+)?def[ \t]+{re.escape(grading.entry_point)}\b", re.MULTILINE)
-        if head.search(code):
-            found = head.search(prefix)
-            prefix = prefix[: found.start() if found else 0]
+    prefix = missing_prefix(code, grading.prefix, grading.entry_point)
     return Program(prefix + code, gold, grading.entry_point)
 
 
