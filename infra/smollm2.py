@@ -39,8 +39,10 @@ def find_weights() -> Path:
 def main() -> None:
     """Converts the weights to `TARGET`, which is there whole or not at all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
     from transformers.utils.quantization_config import GgufConfig
 
+    disable_progress_bar()
     weights = find_weights()
     folder, name = str(weights.parent), weights.name
     config = GgufConfig(dequantize=True)
