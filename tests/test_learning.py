@@ -105,7 +105,12 @@ def _reason() -> str:
 
 REASON = _reason()
 # Less of a warm start and fewer rounds: enough to see the direction.
-SHORT = ["run.rounds=6", "warmstart.steps=700", "prepare.programs.traces=10000", "evaluate.samples_per_problem=2"]
+SHORT = [
+    "run.rounds=5",
+    "warmstart.steps=600",
+    "prepare.programs.traces=10000",
+    "evaluate={benchmarks: [programs-in-range], samples_per_problem: 2}",
+]
 
 
 @pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}")
