@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 from checkout import Checkout
+from sandboxes import sandboxed
 
 from papo.core.alarms import fired
-from papo.engines.sandbox import Sandbox
-from papo.errors import SetupError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -95,15 +94,6 @@ def test_papo_does_not_collapse_under_the_same_judge(trained: Checkout) -> None:
     assert fired(history(run)) == []
 
 
-def _reason() -> str:
-    try:
-        Sandbox().check()
-    except SetupError as error:
-        return str(error)
-    return ""
-
-
-REASON = _reason()
 # Less of a warm start and fewer rounds: enough to see the direction.
 SHORT = [
     "run.rounds=5",
@@ -113,7 +103,7 @@ SHORT = [
 ]
 
 
-@pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}")
+@sandboxed
 def test_programs_that_pass_become_readable_and_no_fewer_pass(tmp_path: Path) -> None:
     checkout = Checkout(tmp_path)
     settings = [part for override in ("tracking.enabled=false", *SHORT) for part in ("--set", override)]

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sandboxes import sandboxed
 
 from papo.core.steps import operations, parse_problem
-from papo.engines.sandbox import Sandbox
 from papo.engines.tokenizer import build_tokenizer, token_starts
-from papo.errors import MissingInputError, ParamsError, SetupError
+from papo.errors import MissingInputError, ParamsError
 from papo.inspection import rederive
 from papo.params import load_params
 from papo.pipeline import CODE, ROUND_STAGES, STAGES, Step, evaluate_policies, run_step, steps
@@ -25,18 +25,6 @@ from papo.store.tables import read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 GSM8K = ROOT.parent / "shared/data/gsm8k_test.jsonl"
-
-
-def _reason() -> str:
-    try:
-        Sandbox().check()
-    except SetupError as error:
-        return str(error)
-    return ""
-
-
-REASON = _reason()
-sandboxed = pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}")
 
 
 def test_the_steps_of_a_run_in_order() -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from sandboxes import sandboxed
 
 from papo.engines.protocols import JudgeItem, Problem, VerifyItem
 from papo.engines.sandbox import Sandbox
@@ -29,7 +30,7 @@ from papo.engines.sources.programs import (
 )
 from papo.engines.sources.programs import tests_of as checks_of  # a name that pytest does not take for a test
 from papo.engines.verifiers.code import CodeVerifier
-from papo.errors import DataError, SetupError
+from papo.errors import DataError
 from papo.params import PrepareParams, ProgramsParams, ProgramTier
 from papo.schemas import Grading
 
@@ -42,18 +43,6 @@ SMALL = ProgramsParams(
     },
     traces=300,
 )
-
-
-def _reason() -> str:
-    try:
-        Sandbox().check()
-    except SetupError as error:
-        return str(error)
-    return ""
-
-
-REASON = _reason()
-sandboxed = pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}")
 
 
 def kind(words: str) -> Any:

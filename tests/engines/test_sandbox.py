@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from sandboxes import sandboxed
 
 from papo.engines.sandbox import MAX_OUTPUT_BYTES, VERDICTS, Program, Ran, Sandbox, container_command
 from papo.errors import SetupError, StageError
@@ -21,18 +22,6 @@ ROOT = Path(__file__).parents[2]
 PARAMS = SandboxParams(wall_s=2.0, cpu_s=5, memory_mb=256, processes=16, file_mb=4)
 CHECK = "def check(candidate):\n    assert candidate(2) == 4\n"
 RIGHT = "def double(x):\n    return 2 * x\n"
-
-
-def _reason() -> str:
-    try:
-        Sandbox(PARAMS).check()
-    except SetupError as error:
-        return str(error)
-    return ""
-
-
-REASON = _reason()
-sandboxed = pytest.mark.skipif(bool(REASON), reason=f"no sandbox here: {REASON}")
 
 
 def ran(code: str, tests: str = "", *, entry_point: str | None = None, stdin: str = "", **limits: float) -> Ran:

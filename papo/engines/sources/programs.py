@@ -16,10 +16,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from papo.engines.protocols import Problem
-from papo.errors import DataError
+from papo.engines.sources.drawing import distinct
 from papo.params import ProgramsParams, ProgramTier
 from papo.schemas import Grading
 
@@ -293,26 +294,23 @@ def _name(tier: ProgramTier) -> str:
 
 
 def _draw(stream: random.Random, tier: ProgramTier, taken: set[str], name: str) -> Iterator[Problem]:
-    seen: set[str] = set()
-    misses = 0
-    while len(seen) < tier.problems:
+    def draw() -> tuple[str, Callable[[], Problem]]:
         chain = draw_chain(stream, tier)
-        prompt = prompt_of(chain)
-        if prompt in seen or prompt in taken:
-            misses += 1
-            if misses > 1000 + 10 * tier.problems:
-                raise DataError(
-                    f"only {len(seen)} different problems of {_name(tier)} found, {tier.problems} asked for",
-                    where=f"prepare.programs, {name}",
-                    fix="ask for fewer problems or for more operations",
-                )
-            continue
-        seen.add(prompt)
-        yield Problem(
-            prompt=prompt,
-            answer=tests_of(chain),
-            reference_solution=clean(chain),
-            source="programs",
-            tier=f"{len(chain)} operations",
-            grading=GRADING,
-        )
+        return prompt_of(chain), partial(_problem, chain)
+
+    return distinct(
+        draw, tier.problems, taken,
+        what=f"problems of {_name(tier)}", where=f"prepare.programs, {name}",
+        fix="ask for fewer problems or for more operations", patience=10,
+    )  # fmt: skip
+
+
+def _problem(chain: Chain) -> Problem:
+    return Problem(
+        prompt=prompt_of(chain),
+        answer=tests_of(chain),
+        reference_solution=clean(chain),
+        source="programs",
+        tier=f"{len(chain)} operations",
+        grading=GRADING,
+    )

@@ -13,11 +13,12 @@ reasoning may be wrong: what a process reward has to tell apart.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from papo.engines.protocols import Problem
-from papo.errors import DataError
+from papo.engines.sources.drawing import distinct
 from papo.params import SumsParams, Tier
 
 
@@ -121,28 +122,25 @@ def _name(tier: Tier) -> str:
 
 
 def _draw(stream: random.Random, tier: Tier, taken: set[str], name: str) -> Iterator[Problem]:
-    seen: set[str] = set()
-    misses = 0
-    while len(seen) < tier.problems:
+    def draw() -> tuple[str, Callable[[], Problem]]:
         terms = draw_terms(stream, tier)
-        prompt = prompt_of(terms)
-        if prompt in seen or prompt in taken:
-            misses += 1
-            if misses > 1000 + 100 * tier.problems:
-                raise DataError(
-                    f"only {len(seen)} different problems of {_name(tier)} found, {tier.problems} asked for",
-                    where=f"prepare.sums, {name}",
-                    fix="ask for fewer problems or for more terms",
-                )
-            continue
-        seen.add(prompt)
-        yield Problem(
-            prompt=prompt,
-            answer=str(sum(terms)),
-            reference_solution=solution_of(terms),
-            source="sums",
-            tier=_name(Tier(min_terms=len(terms), max_terms=len(terms), problems=1)),
-        )
+        return prompt_of(terms), partial(_problem, terms)
+
+    return distinct(
+        draw, tier.problems, taken,
+        what=f"problems of {_name(tier)}", where=f"prepare.sums, {name}",
+        fix="ask for fewer problems or for more terms", patience=100,
+    )  # fmt: skip
+
+
+def _problem(terms: list[int]) -> Problem:
+    return Problem(
+        prompt=prompt_of(terms),
+        answer=str(sum(terms)),
+        reference_solution=solution_of(terms),
+        source="sums",
+        tier=_name(Tier(min_terms=len(terms), max_terms=len(terms), problems=1)),
+    )
 
 
 def _chunks(terms: list[int], stream: random.Random, largest: int) -> list[list[int]]:
