@@ -276,7 +276,7 @@ def test_another_lam_leaves_data_warm_start_and_the_scores_of_round_0_alone(here
 
 @pytest.mark.parametrize(
     ("override", "first"),
-    [("score_orm.timeout_s=2", "score_orm 0"), ("advantage.variant=prm", "score_prm 0"), ("rollout.temperature=0.9", "rollout 0"),
+    [("score_orm.timeout_s=5", "score_orm 0"), ("advantage.variant=prm", "score_prm 0"), ("rollout.temperature=0.9", "rollout 0"),
      ("report.title=x", "report")],
 )  # fmt: skip
 def test_a_change_reruns_from_the_stage_it_concerns(here: Path, override: str, first: str) -> None:
