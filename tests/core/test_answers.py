@@ -76,9 +76,9 @@ def test_no_box(text: str) -> None:
     [r"\boxed{" * 150_000, r"\boxed{" + "1" * 10**6, "\\boxed" + " " * 10**6, "{" * 10**6 + r"\boxed{1}"],
 )
 def test_extraction_of_a_megabyte_is_quick(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     extract_boxed(text)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 @pytest.mark.parametrize(
@@ -244,9 +244,9 @@ def test_a_stated_answer_counts_where_there_is_no_box(text: str, answer: str | N
 
 @pytest.mark.parametrize("text", ["answer" + " " * 10**6, "answer is " * 10**5, "answer:" * 10**5, "the " * 10**6])
 def test_a_stated_answer_in_a_megabyte_is_found_quickly(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     extract_answer(text, stated=True)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 @pytest.mark.parametrize(
@@ -444,9 +444,9 @@ def test_no_text_breaks_the_comparison(text: str) -> None:
 def test_the_longest_answers_are_decided_within_a_fraction_of_a_second() -> None:
     for piece in ("$.", "(", "x=", "1,", "a ", "{", "^9", "\\pm", "1 or ", "!)", "\\text{"):
         text = (piece * MAX_ANSWER_CHARS)[:MAX_ANSWER_CHARS]
-        start = time.perf_counter()
+        start = time.process_time()
         agree("7", text, same_answer, several=True, unit="km")
         agree("7", text, same_answer)
         too_large(text)
         choices_in(text)
-        assert time.perf_counter() - start < 0.5, piece
+        assert time.process_time() - start < 0.5, piece

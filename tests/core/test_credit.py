@@ -131,17 +131,17 @@ def test_no_display_of_mathematics_is_cut(lines: list[str]) -> None:
      "{a}", "\r\n"],
 )  # fmt: skip
 def test_junk_costs_linear_time(junk: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     split_steps(junk * (100_000 // len(junk)))
     split_steps("\\begin{a}" + junk * (100_000 // len(junk)) + "x")
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 def test_distinct_environments_cost_linear_time() -> None:
     names = [f"\\begin{{{number}}}\n" for number in range(10_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(split_steps("".join(names))) == 10_000
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 @given(texts, st.lists(st.integers(0, 100), max_size=20))
@@ -434,9 +434,9 @@ def test_no_token_of_a_correct_response_is_worth_less_than_one_of_a_wrong_one(ba
 def test_a_batch_of_a_million_tokens_is_quick() -> None:
     lengths = np.full(1024, 1000)
     debits = [np.zeros(1000) if n % 2 else None for n in range(1024)]
-    start = time.perf_counter()
+    start = time.process_time()
     token_advantages(np.arange(1024) % 3 == 0, debits, lengths, np.arange(1024) // 8)
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

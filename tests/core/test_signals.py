@@ -251,6 +251,6 @@ def test_plain_steps_are_not_verification(text: str) -> None:
     ["1" * 40_000, "1+" * 20_000, "plug a " * 6_000, "1 " * 20_000, "check" * 8_000, "\n" * 40_000, "- \n" * 15_000],
 )
 def test_degenerate_texts_take_linear_time(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     verification_flags([text])
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0

@@ -100,7 +100,7 @@ def test_any_text_can_be_read(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["1+" * 500_000, "1+1=2\n" * 150_000, " " * 10**6, "1" * 10**6])
 def test_a_megabyte_is_read_quickly(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     parse_problem(text)
     parse_steps(text)
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0

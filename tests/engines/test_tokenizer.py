@@ -284,9 +284,9 @@ def test_eight_thousand_tokens_are_quick() -> None:
     text = "\n".join(LINES * 300)
     ids = tokenizer.encode(text).ids
     assert len(ids) > 8000
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert len(token_starts(tokenizer, ids, text)) == len(ids)
-    assert time.perf_counter() - begin < 1.0
+    assert time.process_time() - begin < 1.0
 
 
 def test_the_aligner_reads_the_tokenizer_of_a_policy(policy: Path) -> None:
