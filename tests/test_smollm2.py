@@ -112,7 +112,7 @@ def logprobs(model: object, prompt: Sequence[int], completion: Sequence[int], te
     import torch
 
     with torch.inference_mode():
-        logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]  # type: ignore[operator]
+        logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]  # type: ignore[operator]  # from_pretrained is untyped
     everyone = (logits.double() / temperature).log_softmax(-1)
     chosen: np.ndarray = everyone[range(len(completion)), list(completion)].numpy()
     return chosen

@@ -174,7 +174,7 @@ def _become_program(job: dict[str, Any], streams: list[int], token_fd: int, word
             flush()
             if who() == me:  # else the program has forked, and this is not the process that is asked
                 word, code = read(token_fd, _LONGEST_WORD), 0
-        except BaseException as error:
+        except BaseException as error:  # whatever a program raises, SystemExit included, is its verdict
             word = _cause(error)
             with contextlib.suppress(BaseException):  # no memory is left, or the error cannot be printed
                 traceback.print_exc()
@@ -206,7 +206,7 @@ def _prepare(limits: dict[str, Any], streams: list[int], keep: set[int]) -> None
         bounds[resource.RLIMIT_NPROC] = limits["processes"]
     for kind, bound in bounds.items():
         resource.setrlimit(kind, bound if isinstance(bound, tuple) else (bound, bound))
-    sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115  # stays open for the program
 
 
 def _flusher() -> Callable[[], None]:

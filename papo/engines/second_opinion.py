@@ -100,7 +100,7 @@ class ChatSecondOpinion:
             SetupError: openai is not installed, or there is no key, or it cannot be one.
         """
         try:
-            import openai  # noqa: F401
+            import openai  # noqa: F401  # only whether it can be
         except ImportError as error:
             raise SetupError(
                 f"a second opinion needs the package openai, which cannot be imported: {error}",

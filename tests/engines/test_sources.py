@@ -208,7 +208,7 @@ def test_a_format_is_recognised_by_its_columns(row: dict[str, Any], name: str) -
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / "source.jsonl", [{"other": 1, "one": "x"}])
     with pytest.raises(DataError, match="there is no column") as caught:
-        list(DatasetSource(PrepareParams(source=path, format=name)).train())  # type: ignore[arg-type]
+        list(DatasetSource(PrepareParams(source=path, format=name)).train())  # type: ignore[arg-type]  # a str, of those there are
     assert caught.value.where == f"{path}, row 0"
     assert caught.value.fix.endswith("there are: other, one")
 
@@ -261,7 +261,7 @@ def test_benchmarks_are_each_read_in_their_format(tmp_path: Path) -> None:
     plain = written(tmp_path / "p.jsonl", [{"problem": "2+2?", "answer": "004"}])
     params = PrepareParams(
         source="sums",
-        eval_sources={"one": plain, "two": {"source": plain, "format": "aime"}},  # type: ignore[dict-item]
+        eval_sources={"one": plain, "two": {"source": plain, "format": "aime"}},  # type: ignore[dict-item]  # as params.yaml has them
         columns=ColumnsParams(pass_rate="rate"),
     )
     items = {name: next(items) for name, items in DatasetSource(params).benchmarks().items()}

@@ -160,7 +160,7 @@ def test_padding_is_true_and_beside_the_point() -> None:
 @pytest.mark.parametrize(
     ("params", "where"),
     [
-        (SumsParams(train=Tier(min_terms=2, max_terms=2, problems=200), eval={}), "2 terms"),
+        (SumsParams(train=Tier(min_terms=2, max_terms=2, problems=200), eval={}), "train"),
         (SumsParams(eval={"tiny": Tier(min_terms=2, max_terms=2, problems=127)}), "tiny"),
     ],
 )

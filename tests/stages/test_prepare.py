@@ -52,7 +52,7 @@ def run(
     out: Path,
     source: FakeSource,
     context: Context,
-    params: PrepareParams = PrepareParams(),  # noqa: B008
+    params: PrepareParams = PrepareParams(),  # noqa: B008  # frozen
     unreadable: prepare.Unreadable = lambda golds: {},
 ) -> Manifest:
     return prepare.run(params, prepare.Inputs(files={}), out, engine=source, unreadable=unreadable, context=context)

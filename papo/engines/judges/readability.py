@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from papo.core.code import Code, find_code, missing_prefix
 from papo.core.credit import split_steps, token_steps
 from papo.core.readability import KINDS, Flaw, defines, flaws, parse_program
-from papo.engines.protocols import JudgeItem, Judgement, Progress
+from papo.engines.judges.each import EachItem
+from papo.engines.protocols import JudgeItem, Judgement
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
-class ReadabilityJudge:
+class ReadabilityJudge(EachItem):
     """Reads the syntax tree of the last fenced block of Python, or of the whole response; nothing is run.
 
     1.0  no flaw
@@ -31,14 +32,6 @@ class ReadabilityJudge:
 
     name = "readability"
     rubric = "readability/1"
-
-    def judge(self, items: Sequence[JudgeItem], progress: Progress) -> list[Judgement]:
-        """One judgement an item, in order: `ok` with one vote, or `unparsable` if the problem does not ask for a program."""
-        judgements = []
-        for item in items:
-            judgements.append(self._judge(item))
-            progress(1)
-        return judgements
 
     def versions(self) -> dict[str, str]:
         """The Python whose grammar is read."""

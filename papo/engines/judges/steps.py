@@ -7,12 +7,12 @@ what from one with a flaw, the taste for an answer that looks complete. Neither 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from itertools import accumulate
 
 from papo.core.credit import split_steps, token_steps
 from papo.core.steps import Operation, Step, operations, parse_problem, parse_steps, stray_lines
-from papo.engines.protocols import JudgeItem, Judgement, Progress
+from papo.engines.judges.each import EachItem
+from papo.engines.protocols import JudgeItem, Judgement
 
 LONG = 8
 """Steps from which a response looks complete: more than any problem of the default tiers needs (at most seven)."""
@@ -23,23 +23,8 @@ MOST = 0.75
 HALF = 0.5
 
 
-class _OfSteps:
+class _OfSteps(EachItem):
     """What the two share: the problem and the steps are read, and where there is no such problem, nothing is scored."""
-
-    name: str
-    rubric: str
-
-    def judge(self, items: Sequence[JudgeItem], progress: Progress) -> list[Judgement]:
-        """One judgement an item, in order: `ok` with one vote, or `unparsable` if the problem is not of this world."""
-        judgements = []
-        for item in items:
-            judgements.append(self._judge(item))
-            progress(1)
-        return judgements
-
-    def versions(self) -> dict[str, str]:
-        """None: the rubric carries the version."""
-        return {}
 
     def _judge(self, item: JudgeItem) -> Judgement:
         terms = parse_problem(item.problem)

@@ -14,13 +14,12 @@ readable one may fail: what a process reward has to tell apart.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from papo.engines.protocols import Problem
-from papo.engines.sources.drawing import distinct
+from papo.engines.sources.generated import GeneratedSource
 from papo.params import ProgramsParams, ProgramTier
 from papo.schemas import Grading
 
@@ -103,47 +102,30 @@ class Operation:
 Chain = tuple[Operation, ...]
 
 
-class ProgramsSource:
-    """Generates problems, held-out tiers that share no problem with training, and warm-start traces.
+class ProgramsSource(GeneratedSource[ProgramTier, Chain]):
+    """See `GeneratedSource`; a draft is the chain of operations.
 
-    Everything is decided by `seed`; the three parts draw from streams of their own, so that asking for more traces changes no problem.
     The tests of a problem depend on the problem alone, so that it has the same id whatever the seed.
     """
 
+    world, unit, patience = "programs", "operations", 10
+
     def __init__(self, params: ProgramsParams, *, seed: int, prompt_template: str = "{prompt}") -> None:
-        self._params, self._template, self._seed = params, prompt_template, seed
-        self._benchmarks: dict[str, list[Problem]] = {}
-        self._held_out: set[str] = set()
-        for name, tier in params.eval.items():
-            self._benchmarks[name] = list(_draw(self._stream(f"eval/{name}"), tier, self._held_out, name))
-            self._held_out |= {problem.prompt for problem in self._benchmarks[name]}
-        self._train = list(_draw(self._stream("train"), params.train, self._held_out, "train"))
+        self._params = params
+        super().__init__(params.train, params.eval, params.traces, seed=seed, prompt_template=prompt_template)
 
-    def train(self) -> Iterator[Problem]:
-        return map(self._worded, self._train)
+    def _draw(self, stream: random.Random, tier: ProgramTier) -> Chain:
+        return draw_chain(stream, tier)
 
-    def benchmarks(self) -> Mapping[str, Iterator[Problem]]:
-        return {name: map(self._worded, problems) for name, problems in self._benchmarks.items()}
+    def _prompt(self, chain: Chain) -> str:
+        return prompt_of(chain)
 
-    def traces(self) -> Iterator[tuple[str, str]]:
-        """Mixed traces on fresh problems of the training tier, none of them held out."""
-        stream = self._stream("traces")
-        made = 0
-        while made < self._params.traces:
-            chain = draw_chain(stream, self._params.train)
-            if prompt_of(chain) in self._held_out:
-                continue
-            yield self._wording(prompt_of(chain)), self._trace(stream, chain)
-            made += 1
+    def _problem(self, chain: Chain) -> Problem:
+        tier = f"{len(chain)} operations"
+        return Problem(prompt_of(chain), tests_of(chain), clean(chain), "programs", tier, grading=GRADING)
 
-    def _worded(self, problem: Problem) -> Problem:
-        return replace(problem, prompt=self._wording(problem.prompt))
-
-    def _wording(self, prompt: str) -> str:
-        return prompt if self._template == "{prompt}" else self._template.format(prompt=prompt.strip())
-
-    def _stream(self, part: str) -> random.Random:
-        return random.Random(f"{self._seed}/{part}")
+    def _range(self, tier: ProgramTier) -> tuple[int, int]:
+        return tier.min_operations, tier.max_operations
 
     def _trace(self, stream: random.Random, chain: Chain) -> str:
         p = self._params
@@ -286,31 +268,3 @@ def _padded(stream: random.Random, program: str) -> str:
         for name in stream.sample(_SPARE, stream.randint(1, 2))
     ]
     return "\n".join([head, *lines, rest])
-
-
-def _name(tier: ProgramTier) -> str:
-    low, high = tier.min_operations, tier.max_operations
-    return f"{low}-{high} operations" if low < high else f"{low} operations"
-
-
-def _draw(stream: random.Random, tier: ProgramTier, taken: set[str], name: str) -> Iterator[Problem]:
-    def draw() -> tuple[str, Callable[[], Problem]]:
-        chain = draw_chain(stream, tier)
-        return prompt_of(chain), partial(_problem, chain)
-
-    return distinct(
-        draw, tier.problems, taken,
-        what=f"problems of {_name(tier)}", where=f"prepare.programs, {name}",
-        fix="ask for fewer problems or for more operations", patience=10,
-    )  # fmt: skip
-
-
-def _problem(chain: Chain) -> Problem:
-    return Problem(
-        prompt=prompt_of(chain),
-        answer=tests_of(chain),
-        reference_solution=clean(chain),
-        source="programs",
-        tier=f"{len(chain)} operations",
-        grading=GRADING,
-    )

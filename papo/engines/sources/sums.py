@@ -13,62 +13,32 @@ reasoning may be wrong: what a process reward has to tell apart.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
 
 from papo.engines.protocols import Problem
-from papo.engines.sources.drawing import distinct
+from papo.engines.sources.generated import GeneratedSource
 from papo.params import SumsParams, Tier
 
 
-class SumsSource:
-    """Generates problems, held-out tiers that share no problem with training, and warm-start traces.
+class SumsSource(GeneratedSource[Tier, list[int]]):
+    """See `GeneratedSource`; a draft is the signed terms."""
 
-    Everything is decided by `seed`; the three parts draw from streams of their own, so that asking for more traces changes no problem.
-    """
+    world, unit, patience = "sums", "terms", 100
 
     def __init__(self, params: SumsParams, *, seed: int, prompt_template: str = "{prompt}") -> None:
-        self._params, self._template = params, prompt_template
-        self._seed = seed
-        self._benchmarks = self._draw_benchmarks()
-        held_out = {problem.prompt for problems in self._benchmarks.values() for problem in problems}
-        self._train = list(_draw(self._stream("train"), params.train, held_out, f"{_name(params.train)}"))
+        self._params = params
+        super().__init__(params.train, params.eval, params.traces, seed=seed, prompt_template=prompt_template)
 
-    def train(self) -> Iterator[Problem]:
-        return map(self._worded, self._train)
+    def _draw(self, stream: random.Random, tier: Tier) -> list[int]:
+        return draw_terms(stream, tier)
 
-    def benchmarks(self) -> Mapping[str, Iterator[Problem]]:
-        return {name: map(self._worded, problems) for name, problems in self._benchmarks.items()}
+    def _prompt(self, terms: list[int]) -> str:
+        return prompt_of(terms)
 
-    def traces(self) -> Iterator[tuple[str, str]]:
-        """Mixed traces on fresh problems of the training tier, none of them held out."""
-        stream = self._stream("traces")
-        held_out = {problem.prompt for problems in self._benchmarks.values() for problem in problems}
-        made = 0
-        while made < self._params.traces:
-            terms = draw_terms(stream, self._params.train)
-            if prompt_of(terms) in held_out:
-                continue
-            yield self._wording(prompt_of(terms)), self._trace(stream, terms)
-            made += 1
+    def _problem(self, terms: list[int]) -> Problem:
+        return Problem(prompt_of(terms), str(sum(terms)), solution_of(terms), "sums", f"{len(terms)} terms")
 
-    def _worded(self, problem: Problem) -> Problem:
-        return replace(problem, prompt=self._wording(problem.prompt))
-
-    def _wording(self, prompt: str) -> str:
-        return prompt if self._template == "{prompt}" else self._template.format(prompt=prompt.strip())
-
-    def _stream(self, part: str) -> random.Random:
-        return random.Random(f"{self._seed}/{part}")
-
-    def _draw_benchmarks(self) -> dict[str, list[Problem]]:
-        drawn: dict[str, list[Problem]] = {}
-        taken: set[str] = set()
-        for name, tier in self._params.eval.items():
-            drawn[name] = list(_draw(self._stream(f"eval/{name}"), tier, taken, name))
-            taken |= {problem.prompt for problem in drawn[name]}
-        return drawn
+    def _range(self, tier: Tier) -> tuple[int, int]:
+        return tier.min_terms, tier.max_terms
 
     def _trace(self, stream: random.Random, terms: list[int]) -> str:
         p = self._params
@@ -115,32 +85,6 @@ def solution_of(terms: list[int]) -> str:
         lines.append(f"{value}{term:+d}={value + term}")
         value += term
     return "\n".join([*lines, boxed(value)])
-
-
-def _name(tier: Tier) -> str:
-    return f"{tier.min_terms}-{tier.max_terms} terms" if tier.min_terms < tier.max_terms else f"{tier.min_terms} terms"
-
-
-def _draw(stream: random.Random, tier: Tier, taken: set[str], name: str) -> Iterator[Problem]:
-    def draw() -> tuple[str, Callable[[], Problem]]:
-        terms = draw_terms(stream, tier)
-        return prompt_of(terms), partial(_problem, terms)
-
-    return distinct(
-        draw, tier.problems, taken,
-        what=f"problems of {_name(tier)}", where=f"prepare.sums, {name}",
-        fix="ask for fewer problems or for more terms", patience=100,
-    )  # fmt: skip
-
-
-def _problem(terms: list[int]) -> Problem:
-    return Problem(
-        prompt=prompt_of(terms),
-        answer=str(sum(terms)),
-        reference_solution=solution_of(terms),
-        source="sums",
-        tier=_name(Tier(min_terms=len(terms), max_terms=len(terms), problems=1)),
-    )
 
 
 def _chunks(terms: list[int], stream: random.Random, largest: int) -> list[list[int]]:
