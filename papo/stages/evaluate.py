@@ -215,16 +215,18 @@ def _gain(
             seed=seed, confidence=params.confidence,
         )  # fmt: skip
     values = [_by_problem(metric, rows, params.samples_per_problem) for rows in (candidate, baseline)]
-    return paired_bootstrap_of_values(*values, seed=seed, confidence=params.confidence)
+    gain = paired_bootstrap_of_values(*values, seed=seed, confidence=params.confidence)
+    return gain._replace(missing=sum(row["orm_score"] is None for row in (*candidate, *baseline)))
 
 
 def _by_problem(metric: Metric, rows: list[dict[str, Any]], k: int) -> dict[str, float]:
-    """One value of the metric a problem; none where a problem has no verdict at all."""
+    """One value of the metric a problem; none where too few of its samples have a verdict: k for pass@k, else one."""
     problems: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        problems[row["problem_id"]].append(row)
-    scored = {name: mine for name, mine in problems.items() if any(row["orm_score"] is not None for row in mine)}
-    return {name: _estimate(metric, mine, k).value for name, mine in scored.items()}
+        if row["orm_score"] is not None:
+            problems[row["problem_id"]].append(row)
+    least = k if metric == "pass_at_k" else 1
+    return {name: _estimate(metric, mine, k).value for name, mine in problems.items() if len(mine) >= least}
 
 
 def _estimate(metric: Metric, rows: list[dict[str, Any]], k: int, confidence: float = 0.95) -> Estimate:

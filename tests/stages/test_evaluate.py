@@ -282,6 +282,19 @@ def test_the_gain_is_a_difference_of_the_metric_of_the_benchmark(
         assert gain["low"] <= gain["value"] <= gain["high"]
 
 
+def test_a_sample_without_a_verdict_is_no_failure_in_a_difference_of_pass_at_k(
+    tmp_path: Path, inputs: evaluate.Inputs, context: Context
+) -> None:
+    changed, engine = rounds_of(inputs, warmstart=3, final=3)
+    # The answer to the third problem, 2, has no verdict: both policies know the other two.
+    failing = evaluate.Engine(engine.sampler, FakeVerifier("timeout"))
+    changed = dataclasses.replace(changed, metrics={"a": "pass_at_k"}, benchmarks={"a": changed.benchmarks["a"]})
+    evaluate.run(PARAMS, changed, tmp_path / "out", engine=failing, context=context)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())["a"]
+    assert metrics["final"]["pass_at_k"]["value"] == pytest.approx(2 / 3)  # a lower bound
+    assert (metrics["gain"]["value"], metrics["gain"]["problems"], metrics["gain"]["missing"]) == (0.0, 2, 4)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
