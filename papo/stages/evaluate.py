@@ -72,7 +72,8 @@ def run(params: EvaluateParams, inputs: Inputs, out: Path, *, engine: Engine, co
     """Writes <benchmark>.parquet and metrics.json to the folder `out`.
 
     A sample that has no verdict is missing, not wrong: it leaves avg@k and the gain, which say how many are missing. pass@k needs k
-    samples a problem, so there it counts as not passed, which makes pass@k a lower bound.
+    samples a problem, so there it counts as not passed, which makes pass@k a lower bound; a difference of pass@k
+    leaves the problem out.
 
     With `checkpoint` best the policy with the highest avg@k on `choose_on`, of equals the earliest, is the final one on all benchmarks.
 

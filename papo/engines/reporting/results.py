@@ -45,6 +45,7 @@ class PolicyResult(BaseModel):
     length_mean: FiniteFloat
     truncated_share: FiniteFloat
     no_answer_share: FiniteFloat
+    timeout_share: FiniteFloat = 0.0
     tiers: dict[str, Estimate] = {}
 
 
