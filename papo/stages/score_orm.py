@@ -25,6 +25,7 @@ CODE = (
     "engines/in_sandbox.py",
     "engines/second_opinion.py",
     "core/answers.py",
+    "core/fence.py",
 )
 
 NOT_ASKED = Opinion(None, "not_asked")
