@@ -88,6 +88,8 @@ def _between(name: str, body: str, mark: str) -> str:
 
 
 def _shown(found: re.Match[str]) -> str:
+    if found[0].isprintable() and not _BLANK.search(found[0]):
+        return found[0]
     return "".join(
         _code_point(run) if unseen else "".join(run)
         for unseen, run in ((unseen, list(run)) for unseen, run in groupby(found[0], _unseen))

@@ -110,7 +110,7 @@ def _template(text: str) -> str:
     try:
         fields = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(text) if name is not None]
     except ValueError as error:
-        raise ValueError(f"{error}; double the braces that are meant as such: \\boxed{{{{}}}}") from None
+        raise ValueError(f"{str(error).lower()}; double the braces that are meant as such: \\boxed{{{{}}}}") from None
     for name, spec, conversion in fields:
         if spec or conversion or not re.fullmatch(r"[a-z_]+", name):
             raise ValueError("only names may stand in single braces; double all others: \\boxed{{}}")
