@@ -171,9 +171,8 @@ def write_prompt(question: Question) -> tuple[str, str]:
     texts = {"problem": question.problem, "reference answer": question.gold, "given answer": question.answer}
     mark = draw_mark(*texts.values())
     rules = "".join(f"\n- {rule}" for rule in _rules(question.grading))
-    return _TASK.format(mark=mark, rules=rules), "\n\n".join(
-        [*(fence(name, text, mark) for name, text in texts.items()), _END]
-    )
+    fences = [fence(name, text, mark) for name, text in texts.items()]
+    return _TASK.format(mark=mark, rules=rules), "\n\n".join([*fences, _END])
 
 
 def _rules(grading: Grading) -> list[str]:

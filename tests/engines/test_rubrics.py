@@ -426,13 +426,13 @@ def test_plain_text_has_no_schema_and_says_its_last_line(tmp_path: Path, kind: s
     assert read(rubric, {"levels": "verdict: yes", "points": "verdict: 4", "steps": "verdict: none"}[kind]).score == 1.0
 
 
-@pytest.mark.parametrize("reference", ["R", "", None])
+@pytest.mark.parametrize("reference", ["R", " \n", "", None])
 def test_the_reference_solution_is_shown_where_there_is_one(tmp_path: Path, reference: str | None) -> None:
     system, user, _ = load_rubric(written(tmp_path / "own.yaml", **WITH_REFERENCE)).render(
         "P", reference, "A", mark=MARK
     )
-    assert ("Look at it." in system, "There is none." in system) == (reference is not None, reference is None)
-    assert (f"[reference solution {MARK}]\n{reference}\n" in user) == (reference is not None)
+    assert ("Look at it." in system, "There is none." in system) == (reference == "R", reference != "R")
+    assert (f"[reference solution {MARK}]\nR\n" in user) == ("reference" in user) == (reference == "R")
 
 
 def test_braces_of_a_text_are_its_own() -> None:

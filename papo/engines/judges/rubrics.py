@@ -210,18 +210,19 @@ class Rubric(_Section):
         return _object({"reason": {"type": "string"}, "verdict": self._schema()})
 
     def render(self, problem: str, reference_solution: str | None, response: str, *, mark: str) -> Rendered:
-        """What is asked about one response. The mark is `papo.core.fence.draw_mark` of the three texts.
+        """What is asked about one response; a blank reference solution is none. The mark: `papo.core.fence.draw_mark` of the texts.
 
         Raises:
             ValueError: a text holds the mark.
         """
-        rule = self.reference and (self.reference.missing if reference_solution is None else self.reference.given)
+        solution = reference_solution if reference_solution and reference_solution.strip() else None
+        rule = self.reference and (self.reference.missing if solution is None else self.reference.given)
         form = (_JSON if self.answer == "json" else _LINE).format(example=self._example(), allowed=self._allowed())
         task = self.system.format(levels=self._levels(), reference_rule=rule)
         steps = [response[step.start : step.end] for step in split_steps(response)]
         texts = {
             "problem": fence("problem", problem, mark),
-            "reference": None if reference_solution is None else fence("reference solution", reference_solution, mark),
+            "reference": None if solution is None else fence("reference solution", solution, mark),
             "response": fence_steps("response", steps, mark),
         }
         # The mark comes as late as can be: what a server keeps of one prompt for the next ends where they first differ.
