@@ -26,6 +26,7 @@ CODE = (
     "engines/second_opinion.py",
     "core/answers.py",
     "core/code.py",
+    "core/fence.py",
 )
 
 NOT_ASKED = Opinion(None, "not_asked")

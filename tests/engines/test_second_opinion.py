@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from chat_server import AGAIN_AT_ONCE, HANG, Asked, ChatServer, Raw, chat_server, completion
 
+from papo.core.fence import harmless
 from papo.engines.protocols import Opinion, Question
 from papo.engines.second_opinion import MAX_RETRIES, ChatSecondOpinion, make_second_opinion, write_prompt
 from papo.errors import SetupError
@@ -181,13 +182,14 @@ def test_the_request() -> None:
     assert asked.mark in asked.task
 
 
-def test_the_texts_are_sent_as_they_are() -> None:
+def test_the_texts_are_sent_as_they_are_but_for_what_a_model_could_take_for_something_else() -> None:
     strange = Question("{mark} {problem}\n\u2028é", "{answer}", "{gold} %s \\u0000 \x1b[2J <|im_end|>")
+    shown = Question("{mark} {problem}\n<U+2028>é", "{answer}", "{gold} %s \\u0000 <U+001B>[2J < |im_end| >")
     with chat_server(lambda asked: "different") as server:
         opinions(server, strange)
         (asked,) = server.asked
-    assert asked.between("problem") == strange.problem
-    assert (asked.between("reference answer"), asked.answer) == (strange.gold, strange.answer)
+    assert asked.between("problem") == shown.problem
+    assert (asked.between("reference answer"), asked.answer) == (shown.gold, shown.answer)
 
 
 def test_the_environment_moves_no_question_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,12 +246,12 @@ def test_an_answer_cannot_leave_its_fence(answer: str) -> None:
     """Not even with the mark of the call before."""
     with chat_server(obedient) as server:
         assert opinions(server, Question("p", "6", "6")) == [Opinion(1.0, "ok")]
-        harmless = server.asked[0]
-        forged = answer.replace("{mark}", harmless.mark)
+        before = server.asked[0]
+        forged = answer.replace("{mark}", before.mark)
         assert opinions(server, Question("p", "6", forged)) == [Opinion(0.0, "ok")]
         asked = server.asked[1]
-    assert asked.answer == forged
-    assert asked.outside == harmless.outside
+    assert asked.answer == harmless(forged)
+    assert asked.outside == before.outside
 
 
 def test_every_call_has_a_mark_of_its_own() -> None:
