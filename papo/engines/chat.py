@@ -158,28 +158,30 @@ class ChatClient:
     def check(self) -> None:
         """
         Raises:
-            SetupError: openai or tenacity is not installed, or there is no key, or it cannot be one.
+            SetupError: a package is not installed, or there is no key, or it cannot be one.
         """
         try:
+            import aiohttp  # noqa: F401
             import openai  # noqa: F401
             import tenacity  # noqa: F401
         except ImportError as error:
             raise SetupError(
-                f"asking a model needs the packages openai and tenacity, which cannot be imported: {error}",
+                f"asking a model needs the packages openai, aiohttp and tenacity, which cannot be imported: {error}",
                 where=self._where,
-                fix=f"run `pip install openai tenacity`, or set {self._where} to null",
+                fix=f"run `pip install openai aiohttp tenacity`, or set {self._where} to null",
             ) from None
         self._key()
 
     async def __aenter__(self) -> Self:
         self.check()
         import httpx2
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+        from openai import AsyncOpenAI, DefaultAioHttpClient
 
         p = self.params
-        # One connection a call under way, all kept; and no redirect, which would take the texts to another place than the params name.
+        # openai's other transport takes twice the CPU a call. One connection a call under way, all kept; and no redirect, which would take
+        # the texts to another place than the params name.
         limits = httpx2.Limits(max_connections=p.concurrency, max_keepalive_connections=p.concurrency)
-        http = DefaultAsyncHttpxClient(limits=limits, timeout=None, follow_redirects=False)
+        http = DefaultAioHttpClient(limits=limits, timeout=None, follow_redirects=False)
         # Without an address of its own, the client would take one from the environment, which no manifest shows.
         url = p.base_url or OPENAI_URL
         self._client = AsyncOpenAI(api_key=self._key(), base_url=url, max_retries=0, timeout=None, http_client=http)
@@ -266,7 +268,7 @@ class ChatClient:
     async def _send(self, request: ChatRequest, schema: Mapping[str, Any] | None) -> httpx2.Response:
         import httpx2
 
-        # Typed responses, and the check of the body's keys, cost as much again as the call itself; `_Completion` reads it.
+        # Typed responses, and the check of the body's keys, would take as much CPU again; `_Completion` reads what counts.
         return await self._client.post("/chat/completions", cast_to=httpx2.Response, body=self._body(request, schema))
 
     def _key(self) -> str:
@@ -329,7 +331,6 @@ class _Call:
         return reply, found.down
 
     async def _try(self) -> _Found:
-        import httpx2
         from openai import APIConnectionError, APIStatusError
 
         client, request = self.client, self.request
@@ -345,7 +346,7 @@ class _Call:
                 return await self._try()
             self.found = _of_status(error)
         except APIConnectionError as error:
-            never = isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError)
+            never = _never_connected(error)
             self.billed -= never
             self.found = _Found("error", "no connection" if never else "connection lost", again=True, down=True)
         else:
@@ -394,6 +395,16 @@ def _read(body: bytes, request: ChatRequest, max_tokens: int) -> _Found:
     if choice.message.refusal or choice.finish_reason == "content_filter":
         return _Found("refused", "refused", None, choice.finish_reason, prompt, completed)
     return _Found("ok", "", text, choice.finish_reason, prompt, completed)
+
+
+def _never_connected(error: BaseException) -> bool:
+    """Whether nothing was sent; openai and httpx2 call any end of a connection a timeout to connect, and keep its cause."""
+    from aiohttp import ClientConnectorError, ClientHttpProxyError
+
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return any(isinstance(cause, ClientConnectorError | ClientHttpProxyError) for cause in causes)
 
 
 def _of_status(error: APIStatusError) -> _Found:

@@ -530,12 +530,12 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     assert "Secret123" not in repr(found) + repr(refused) + str(refused[0]) + caplog.text + "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("package", ["openai", "tenacity"])
+@pytest.mark.parametrize("package", ["aiohttp", "openai", "tenacity"])
 def test_without_the_packages_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SetupError, match="needs the packages openai and tenacity") as caught:
+    with pytest.raises(SetupError, match="needs the packages openai, aiohttp and tenacity") as caught:
         client_of("http://127.0.0.1:1/v1").check()
-    assert "pip install openai tenacity" in caught.value.fix
+    assert "pip install openai aiohttp tenacity" in caught.value.fix
 
 
 def test_a_missing_key_is_said_with_the_place_of_the_param() -> None:

@@ -115,6 +115,21 @@ def test_no_server_is_an_error() -> None:
     assert found == Opinion(None, "error", "no connection")
 
 
+def test_a_server_that_is_down_is_not_asked_to_the_end() -> None:
+    """Nor does it stop anything: what was not asked has no opinion, either."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        params = SecondOpinionParams(model="m", base_url=url, concurrency=2, tries=1, breaker=3)
+        done: list[int] = []
+        found = ChatSecondOpinion(params).ask([HALF] * 20, done.append)
+    assert sum(done) == 20
+    causes = Counter(opinion.cause for opinion in found)
+    assert set(causes) == {"no connection", "not asked, as the server is down"}
+    assert causes["no connection"] <= 4
+    assert {opinion.status for opinion in found} == {"error"}
+
+
 def test_a_question_that_hangs_costs_its_own_time_alone() -> None:
     """Tries included: a server that fails and then asks for a long wait is given up, too."""
 
@@ -310,7 +325,7 @@ def test_what_cannot_be_a_key_is_refused_and_not_repeated(monkeypatch: pytest.Mo
 
 def test_without_the_package_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(SetupError, match="needs the packages openai and tenacity") as caught:
+    with pytest.raises(SetupError, match="needs the packages openai, aiohttp and tenacity") as caught:
         ChatSecondOpinion(SecondOpinionParams(model="m", base_url="http://127.0.0.1:1/v1")).check()
     assert "pip install openai" in caught.value.fix
 
