@@ -210,8 +210,7 @@ class ChatClient:
             if not self._open.is_set():
                 return await self._call(request)
         await self._idle.wait()
-        self.raise_if_down()
-        raise AssertionError("the breaker does not close")
+        raise self._down_error()
 
     def raise_if_down(self) -> None:
         """For after the last call: whoever has nothing more to ask is not told by `ask`.
@@ -220,12 +219,15 @@ class ChatClient:
             ServerDownError: as `ask`.
         """
         if self._open.is_set():
-            causes = ", ".join(f"{count} {cause}" for cause, count in Counter(self._downs).most_common())
-            raise ServerDownError(
-                f"the server of the model {self.params.model} is down: the last {len(self._downs)} calls failed: {causes}",
-                where=f"{self._where}, {self.params.base_url or OPENAI_URL}",
-                fix="start the stage again when the server answers: what was paid for is kept",
-            )
+            raise self._down_error()
+
+    def _down_error(self) -> ServerDownError:
+        causes = ", ".join(f"{count} {cause}" for cause, count in Counter(self._downs).most_common())
+        return ServerDownError(
+            f"the server of the model {self.params.model} is down: the last {len(self._downs)} calls failed: {causes}",
+            where=f"{self._where}, {self.params.base_url or OPENAI_URL}",
+            fix="start the stage again when the server answers: what was paid for is kept",
+        )
 
     async def _call(self, request: ChatRequest) -> ChatReply:
         self._under_way += 1

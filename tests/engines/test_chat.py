@@ -399,7 +399,7 @@ def test_tries_count_among_the_requests_and_own_waiting_is_not_the_servers(serve
 
 
 def test_tokens_are_spread_over_the_minute_as_they_turn_out(server: ChatProcess) -> None:
-    """Ten calls of 11 tokens and a reply of some 9: the last starts when nine have been paid for at 20 tokens a second."""
+    """The last of six calls starts when prompts and replies of five have been paid for, at 20 tokens a second."""
     started = time.monotonic()
     found = replies(server, *[ONE] * 6, tokens_per_minute=1200, concurrency=1)
     paid = sum(reply.prompt_tokens + reply.completion_tokens for reply in found[:-1])
