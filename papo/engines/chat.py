@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 OPENAI_URL = "https://api.openai.com/v1"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+SPACING_S = 0.002
+"""Between the starts of two tries. What goes out in a bunch comes back in a bunch, in which each waits for the CPU that all of it takes."""
 
 _AGAIN = {408, 409, 429}
 _TOO_LONG = re.compile(
@@ -121,10 +123,10 @@ class _AgainError(Exception):
 
 
 class _Pace:
-    """So many units a minute, evenly spread; None: any number."""
+    """So many units a minute, evenly spread, and at least so many seconds apart; None: any number."""
 
-    def __init__(self, per_minute: int | None) -> None:
-        self._unit_s = 60.0 / per_minute if per_minute else 0.0
+    def __init__(self, per_minute: int | None, apart_s: float = 0.0) -> None:
+        self._unit_s = max(60.0 / per_minute if per_minute else 0.0, apart_s)
         self._next = 0.0
 
     def take(self, units: int) -> float:
@@ -188,7 +190,7 @@ class ChatClient:
         if p.base_url is not None:  # they come from the environment, too, and are nobody else's business
             self._client.organization = self._client.project = None
         self._turn = asyncio.Semaphore(p.concurrency)
-        self._requests, self._tokens = _Pace(p.requests_per_minute), _Pace(p.tokens_per_minute)
+        self._requests, self._tokens = _Pace(p.requests_per_minute, SPACING_S), _Pace(p.tokens_per_minute)
         self._under_way, self._idle, self._open = 0, asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._downs: list[str] = []
@@ -250,7 +252,9 @@ class ChatClient:
 
     async def _wait(self, seconds: float) -> None:
         """Waits, but not for a server that is down."""
-        if seconds > 0:
+        if 0 < seconds < 0.1:
+            await asyncio.sleep(seconds)
+        elif seconds > 0:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self._open.wait()

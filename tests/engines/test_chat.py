@@ -390,6 +390,13 @@ def test_requests_are_spread_over_the_minute(server: ChatProcess) -> None:
     assert 1.0 <= time.monotonic() - started < 10
 
 
+def test_calls_go_out_apart_and_not_in_a_bunch(server: ChatProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("papo.engines.chat.SPACING_S", 0.1)
+    started = time.monotonic()
+    replies(server, *requests(6), concurrency=6)
+    assert 0.5 <= time.monotonic() - started < 10
+
+
 def test_tries_count_among_the_requests_and_own_waiting_is_not_the_servers(server: ChatProcess) -> None:
     """Three tries, half a second apart, in a call whose deadline is 0.4 s."""
     server.set(fault="500")
