@@ -9,7 +9,8 @@
     │   ├── BusyError             another run holds this checkout
     │   └── SetupError            git, DVC, disk, a missing optional dependency
     └── StageError                exit 1: the stage ran and could not finish
-        └── FailedRowsError       more rows failed than the stage allows
+        ├── FailedRowsError       more rows failed than the stage allows
+        └── ServerDownError       a server that the stage asks does not answer; the stage can be started again
 
 Every message answers three questions: what is wrong, where, and what to do about it.
 """
@@ -84,3 +85,7 @@ class StageError(PapoError):
 
 class FailedRowsError(StageError):
     """The share of failed rows is above the limit of the stage."""
+
+
+class ServerDownError(StageError):
+    """A server that the stage asks does not answer; started again later, the stage goes on with what it has."""

@@ -24,6 +24,7 @@ CODE = (
     "engines/sandbox.py",
     "engines/in_sandbox.py",
     "engines/second_opinion.py",
+    "engines/chat.py",
     "core/answers.py",
     "core/code.py",
     "core/fence.py",
