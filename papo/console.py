@@ -111,7 +111,7 @@ def show_verified(verified: Verified, store: Path) -> int:
     out = _output()
     for line in verified.damage:
         out.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
-    found = f"{len(verified.damage)} damages" if verified.damage else "all is whole"
+    found = f"damages: {len(verified.damage)}" if verified.damage else "all is whole"
     keys = f"{verified.recomputed:,} keys computed anew"
     out.print(
         f"{store}: {verified.verdicts:,} verdicts, {keys}, {found}", markup=False, highlight=False, soft_wrap=True
@@ -392,7 +392,7 @@ def _score(value: float, status: str) -> str:
 
 def _day(seconds: float) -> str:
     try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+        return time.strftime("%Y-%m-%d", time.localtime(seconds))
     except (OverflowError, OSError, ValueError):  # of a damaged row
         return "?"
 

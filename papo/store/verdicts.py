@@ -8,7 +8,7 @@ none: there is no way to store it. Whoever is about to pay claims the keys first
         while missing:
             found, mine = await store.wait(sorted(missing), owner, limit=8)
             missing -= found.keys() | mine
-            ...  # ask the model about `mine`: `put` each answer, `release` each failure
+            ...  # ask the model about `mine`: `keep` each answer, `release` each failure
 
 SQLite in WAL mode. Nothing that `put` has returned is lost by a kill of any process or of the machine.
 """
@@ -24,13 +24,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,6 +44,8 @@ from papo.store.files import replacing
 from papo.store.layout import Workspace
 from papo.store.owners import check_owner, lives
 
+T = TypeVar("T")
+
 LEASE_S = 60.0
 """After so long without a sign of life, the claims of an owner whose process cannot be seen from here are free."""
 BEAT_S = 10.0
@@ -50,6 +54,7 @@ POLL_S = 0.25
 # What a server says of an answer that it cut off or withheld.
 NO_ANSWER = ("length", "content_filter")
 
+_THREADS = 32  # puts of an event loop that can share a transaction
 _CHUNK = 500
 _BATCH = 10_000
 _MIGRATIONS = (
@@ -164,6 +169,7 @@ class VerdictStore:
         self._owners: set[str] = set()
         self._seen: dict[str, tuple[int, float]] = {}
         self._warned: set[str] = set()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="verdicts")
         self._closing = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="claims of verdicts", daemon=True)
         if not read_only:
@@ -195,6 +201,7 @@ class VerdictStore:
         self._closing.set()
         if self._beating.is_alive():
             self._beating.join()
+        self._threads.shutdown()
         with suppress(PapoError):  # others see that the process has ended, or the lease run out
             if self._owners:
                 self._database.write(lambda connection: self._delete(connection, self._owners), durable=False)
@@ -223,6 +230,10 @@ class VerdictStore:
             raise mine.done
         assert mine.done is not None
         return mine.done
+
+    async def keep(self, verdict: StoredVerdict) -> StoredVerdict:
+        """As `put`, for an event loop."""
+        return await self._aside(self.put, verdict)
 
     def _write_waiting(self) -> None:
         batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
@@ -289,13 +300,17 @@ class VerdictStore:
         """Waits until some of `keys` are stored or can be claimed: (those that are stored, those that are claimed for `owner`)."""
         wanted = list(dict.fromkeys(keys))
         while wanted:
-            stored = await asyncio.to_thread(self.get_many, wanted)
+            stored = await self._aside(self.get_many, wanted)
             missing = [key for key in wanted if key not in stored]
-            mine = await asyncio.to_thread(self.claim, missing, owner, limit=limit) if missing else set[str]()
+            mine = await self._aside(partial(self.claim, limit=limit), missing, owner) if missing else set[str]()
             if stored or mine:
                 return stored, mine
             await asyncio.sleep(POLL_S)
         return {}, set()
+
+    async def _aside(self, work: Callable[..., T], *arguments: Any) -> T:
+        """`work` in a thread, so that nobody else in the loop waits for the disk."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def _claim(self, connection: sqlite3.Connection, keys: Sequence[str], owner: str, limit: int | None) -> set[str]:
         others = connection.execute("SELECT owner, beat FROM owners WHERE owner <> ?", (owner,)).fetchall()

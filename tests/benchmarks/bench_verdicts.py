@@ -8,6 +8,7 @@ DIR is on the disk that the store would be on, for a put waits for the disk. Ans
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import tempfile
 import time
@@ -48,6 +49,10 @@ def put_all(store: VerdictStore, some: Sequence[StoredVerdict], threads: int) ->
             pass
 
 
+async def put_in_loop(store: VerdictStore, some: Sequence[StoredVerdict]) -> None:
+    await asyncio.gather(*(store.keep(one) for one in some))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the store of verdicts.")
     parser.add_argument("--folder", type=Path)
@@ -64,6 +69,10 @@ def main() -> None:
             timed("claims refused, a whole table at once", len(keys), lambda: store.claim(keys, new_owner()))
             timed("puts, one after the other", alone, lambda: [store.put(one) for one in some[:alone]])
             timed("puts, 32 threads", len(some) - alone, lambda: put_all(store, some[alone:], 32))
+        with VerdictStore.open(Path(folder) / "loop.sqlite") as store:
+            timed(
+                "puts, from an event loop", min(5000, len(some)), lambda: asyncio.run(put_in_loop(store, some[:5000]))
+            )
         with VerdictStore.open(path) as store:
             timed("lookup of a whole table, just opened", len(keys), lambda: store.get_many(keys))
             timed("lookup of a whole table, again", len(keys), lambda: store.get_many(keys))

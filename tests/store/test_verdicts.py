@@ -175,6 +175,14 @@ def test_threads_that_put_at_once_lose_nothing_and_share_transactions(
     assert len(batches) < 50
 
 
+def test_an_event_loop_keeps_many_at_once(store: VerdictStore) -> None:
+    async def keep() -> list[StoredVerdict]:
+        return await asyncio.gather(*(store.keep(verdict(number)) for number in range(100)))
+
+    assert asyncio.run(keep()) == [verdict(number) for number in range(100)]
+    assert len(store.get_many(keys(*range(100)))) == 100
+
+
 def test_a_put_that_fails_says_so_to_each_thread_and_stores_nothing(
     store: VerdictStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +261,20 @@ def test_who_waits_gets_what_others_store_and_may_pay_for_what_they_release(
     assert asyncio.run(both()) == [({verdict(1).key: verdict(1)}, set()), ({}, set(keys(2))), ({}, set())]
 
 
+def test_a_wait_that_is_cancelled_leaves_no_claim_behind_when_the_store_is_closed(path: Path) -> None:
+    async def cancel(after_s: float) -> None:
+        with VerdictStore.open(path) as store:
+            waiting = asyncio.create_task(store.wait(keys(*range(200)), new_owner()))
+            await asyncio.sleep(after_s)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
+    for turn in range(10):
+        asyncio.run(cancel(turn / 1000))
+    with VerdictStore.open(path) as store:
+        assert store.stats().claims == 0
+
+
 JUDGE = """
 import asyncio, hashlib, os, sys
 from pathlib import Path
@@ -272,7 +294,7 @@ async def judge(path, log, keys):
                     sys.argv.append(key)
                     store.release([key], owner)
                     continue
-                have[key] = store.put(StoredVerdict(key, "m", "r", f"by {os.getpid()}", "stop", 1, 1, 0.1))
+                have[key] = await store.keep(StoredVerdict(key, "m", "r", f"by {os.getpid()}", "stop", 1, 1, 0.1))
             missing -= have.keys()
     print(hashlib.sha256(repr(sorted((key, one.answer) for key, one in have.items())).encode()).hexdigest())
 
@@ -634,7 +656,7 @@ def test_a_closed_store_is_closed(path: Path) -> None:
     store.close()
     with pytest.raises(RuntimeError, match="was closed"):
         store.get_many(keys(1))
-    assert not [thread for thread in threading.enumerate() if thread.name == "claims of verdicts"]
+    assert not [thread for thread in threading.enumerate() if "verdicts" in thread.name]
 
 
 # ---- what is there ----
