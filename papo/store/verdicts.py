@@ -16,33 +16,49 @@ SQLite in WAL mode. Nothing that `put` has returned is lost by a kill of any pro
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
-import math
 import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from papo.errors import DamagedError, PapoError, UserError
-from papo.schemas import VERDICTS
 from papo.store.database import Database, Format
 from papo.store.files import replacing
 from papo.store.layout import Workspace
-from papo.store.owners import check_owner, lives
+from papo.store.owners import check_owner, lives, new_owner
+from papo.store.verdict_rows import (
+    COLUMNS,
+    INSERT,
+    StoredVerdict,
+    decode,
+    encode,
+    to_jsonl,
+    to_parquet,
+    verdict_key,
+    verdict_parts,
+    whole_ones,
+)
+
+__all__ = [
+    "StoreStats",
+    "StoredBy",
+    "StoredVerdict",
+    "VerdictStore",
+    "Verified",
+    "default_store",
+    "new_owner",
+    "verdict_key",
+    "verdict_parts",
+    "verify_store",
+]
 
 T = TypeVar("T")
 
@@ -51,12 +67,9 @@ LEASE_S = 60.0
 BEAT_S = 10.0
 POLL_S = 0.25
 
-# What a server says of an answer that it cut off or withheld.
-NO_ANSWER = ("length", "content_filter")
-
 _THREADS = 32  # puts of an event loop that can share a transaction
 _CHUNK = 500
-_BATCH = 10_000
+_WINDOW = 100
 _MIGRATIONS = (
     (
         "CREATE TABLE verdicts (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, model TEXT NOT NULL, rubric TEXT NOT NULL, "
@@ -67,38 +80,6 @@ _MIGRATIONS = (
         "CREATE TABLE owners (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL) WITHOUT ROWID",
     ),
 )
-
-
-@dataclass(frozen=True)
-class StoredVerdict:
-    """What a model answered, raw. `seconds` is how long it took, `created` when it came (Unix time), `parts` what `key` is the digest of.
-
-    Raises:
-        ValueError: no verdict: without an answer, cut off or withheld; or a field that cannot be.
-    """
-
-    key: str
-    model: str
-    rubric: str
-    answer: str
-    finish_reason: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    seconds: float
-    created: float = field(default_factory=time.time)
-    parts: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.answer.strip() or self.finish_reason in NO_ANSWER:
-            raise ValueError("a call that brought no whole answer is no verdict")
-        if not (len(self.key) == 64 and set(self.key) <= set("0123456789abcdef")):
-            raise ValueError(f"no key of a verdict: {self.key!r}")
-        if self.parts and _sha256(self.parts) != self.key:
-            raise ValueError("the key is not that of its parts")
-        if min(self.prompt_tokens, self.completion_tokens) < 0:
-            raise ValueError("a number of tokens below 0")
-        if not (math.isfinite(self.seconds) and self.seconds >= 0 and math.isfinite(self.created)):
-            raise ValueError("times that cannot be")
 
 
 @dataclass(frozen=True)
@@ -132,24 +113,6 @@ class Verified:
     damage: list[str]
 
 
-def verdict_parts(model: str, rubric: str, prompt: str, sampling: Mapping[str, Any], vote: int) -> str:
-    """All that decides a verdict, as JSON with the digest of the prompt in its place.
-
-    Args:
-        rubric: its digest.
-        prompt: as rendered, without the mark that is drawn for each call.
-        sampling: temperature, seed and the like, as JSON has them.
-        vote: number of the vote, from 0.
-    """
-    parts = {"model": model, "rubric": rubric, "prompt": _sha256(prompt), "sampling": dict(sampling), "vote": vote}
-    return json.dumps(parts, sort_keys=True, allow_nan=False)
-
-
-def verdict_key(model: str, rubric: str, prompt: str, sampling: Mapping[str, Any], vote: int) -> str:
-    """SHA-256 of `verdict_parts`, in hex."""
-    return _sha256(verdict_parts(model, rubric, prompt, sampling, vote))
-
-
 def default_store(workspace: Workspace) -> Path:
     """The store of the checkout that commands are typed in, whatever their workspace; of the workspace where that is no checkout."""
     here = Workspace(Path())
@@ -157,7 +120,7 @@ def default_store(workspace: Workspace) -> Path:
 
 
 class VerdictStore:
-    """The verdicts in one file; for all threads of a process. Errors are those of `Database`, from every method."""
+    """The verdicts in one file; for all threads of a process. Every method raises the errors of `Database`."""
 
     def __init__(
         self, path: Path, *, read_only: bool = False, warn: Callable[[str], None] = lambda message: None
@@ -252,15 +215,15 @@ class VerdictStore:
         stored = self._stored(connection, keys)
         for verdict in verdicts:
             if verdict.key not in stored:
-                connection.execute(f"INSERT OR REPLACE {_INSERT}", _row(verdict))
+                connection.execute(f"INSERT OR REPLACE {INSERT}", encode(verdict))
                 stored[verdict.key] = verdict
         connection.executemany("DELETE FROM claims WHERE key = ?", [(key,) for key in keys])
         return stored
 
     def _stored(self, connection: sqlite3.Connection, keys: Sequence[str]) -> dict[str, StoredVerdict]:
         found: dict[str, StoredVerdict] = {}
-        for row in _select(connection, f"SELECT {_COLUMNS} FROM verdicts WHERE key IN", keys):
-            if not isinstance(verdict := _verdict(row), str):
+        for row in _select(connection, f"SELECT {COLUMNS} FROM verdicts WHERE key IN", keys):
+            if not isinstance(verdict := decode(row), str):
                 found[verdict.key] = verdict
             elif row[0] not in self._warned:
                 self._warned.add(row[0])
@@ -300,12 +263,15 @@ class VerdictStore:
         """Waits until some of `keys` are stored or can be claimed: (those that are stored, those that are claimed for `owner`)."""
         wanted = list(dict.fromkeys(keys))
         while wanted:
-            stored = await self._aside(self.get_many, wanted)
-            missing = [key for key in wanted if key not in stored]
-            mine = await self._aside(partial(self.claim, limit=limit), missing, owner) if missing else set[str]()
-            if stored or mine:
-                return stored, mine
-            await asyncio.sleep(POLL_S)
+            began = time.monotonic()
+            # Whoever wants a few looks no further than he has to.
+            for some in _chunks(wanted, len(wanted) if limit is None else max(limit, _WINDOW)):
+                stored = await self._aside(self.get_many, some)
+                missing = [key for key in some if key not in stored]
+                mine = await self._aside(partial(self.claim, limit=limit), missing, owner) if missing else set[str]()
+                if stored or mine:
+                    return stored, mine
+            await asyncio.sleep(max(POLL_S, 4 * (time.monotonic() - began)))
         return {}, set()
 
     async def _aside(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -371,8 +337,11 @@ class VerdictStore:
                 connection.execute("SELECT count(*) FROM claims").fetchone()[0],
             )
         )
-        files = [Path(f"{self._database.path}{end}") for end in ("", "-wal")]
-        return StoreStats(self._database.path, sum(file.stat().st_size for file in files if file.exists()), claims, by)
+        size = 0
+        for end in ("", "-wal"):
+            with suppress(FileNotFoundError):
+                size += Path(f"{self._database.path}{end}").stat().st_size
+        return StoreStats(self._database.path, size, claims, by)
 
     def export(self, path: Path) -> int:
         """Writes every verdict, oldest first, to `path`: Parquet or lines of JSON, by its ending. Damaged ones are left out with a warning.
@@ -384,7 +353,7 @@ class VerdictStore:
             UserError: another ending.
             SetupError: it cannot be written.
         """
-        writers = {".parquet": _to_parquet, ".jsonl": _to_jsonl}
+        writers = {".parquet": to_parquet, ".jsonl": to_jsonl}
         if path.suffix not in writers:
             raise UserError(
                 "verdicts are exported as Parquet or as lines of JSON",
@@ -394,9 +363,9 @@ class VerdictStore:
 
         def write(connection: sqlite3.Connection) -> tuple[int, int]:
             (total,) = connection.execute("SELECT count(*) FROM verdicts").fetchone()
-            rows = connection.execute(f"SELECT {_COLUMNS} FROM verdicts ORDER BY created, id")
+            rows = connection.execute(f"SELECT {COLUMNS} FROM verdicts ORDER BY created, id")
             with replacing(path) as temporary:
-                return writers[path.suffix](temporary, _verdicts(rows)), total
+                return writers[path.suffix](temporary, whole_ones(rows)), total
 
         written, total = self._database.read(write)
         if written < total:
@@ -425,59 +394,23 @@ class _Put:
     done: StoredVerdict | BaseException | None = None
 
 
-_NAMES = tuple(item.name for item in fields(StoredVerdict))
-_ANSWER = _NAMES.index("answer")
-_values = attrgetter(*_NAMES)
-_COLUMNS = ", ".join((*_NAMES, "digest"))
-_INSERT = f"INTO verdicts ({_COLUMNS}) VALUES ({', '.join('?' * (len(_NAMES) + 1))})"
-
-
-def _row(verdict: StoredVerdict) -> tuple[Any, ...]:
-    values = list(_values(verdict))
-    # As bytes: a model may send half a surrogate pair, which SQLite takes for no text.
-    values[_ANSWER] = verdict.answer.encode("utf-8", "surrogatepass")
-    return (*values, _digest(verdict))
-
-
-def _verdict(row: Sequence[Any]) -> StoredVerdict | str:
-    """The verdict of a row, or what is wrong with the row."""
-    *values, digest = row
-    try:
-        values[_ANSWER] = values[_ANSWER].decode("utf-8", "surrogatepass")
-        verdict = StoredVerdict(*values)
-        return verdict if _digest(verdict) == digest else "its digest is not that of its content"
-    except (ValueError, TypeError, AttributeError) as error:
-        return f"it cannot be read: {error}"
-
-
-def _verdicts(rows: Iterable[Sequence[Any]]) -> Iterator[StoredVerdict]:
-    """The whole ones."""
-    for row in rows:
-        if not isinstance(verdict := _verdict(row), str):
-            yield verdict
-
-
-def _digest(verdict: StoredVerdict) -> str:
-    return _sha256(json.dumps(_values(verdict)))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _select(connection: sqlite3.Connection, query: str, keys: Sequence[str]) -> Iterator[Any]:
     """Rows of `query`, which ends in IN, over all `keys`."""
-    for start in range(0, len(keys), _CHUNK):
-        chunk = keys[start : start + _CHUNK]
+    for chunk in _chunks(keys, _CHUNK):
         yield from connection.execute(f"{query} ({', '.join('?' * len(chunk))})", chunk)
+
+
+def _chunks(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(keys), size):
+        yield keys[start : start + size]
 
 
 def _salvage(old: sqlite3.Connection, new: sqlite3.Connection) -> int:
     """Takes over the verdicts before the first damaged page, then those after the last."""
     count = 0
     for order in ("ASC", "DESC"):
-        for verdict in _verdicts(_until_damage(old, f"SELECT {_COLUMNS} FROM verdicts ORDER BY id {order}")):
-            count += new.execute(f"INSERT OR IGNORE {_INSERT}", _row(verdict)).rowcount
+        for verdict in whole_ones(_until_damage(old, f"SELECT {COLUMNS} FROM verdicts ORDER BY id {order}")):
+            count += new.execute(f"INSERT OR IGNORE {INSERT}", encode(verdict)).rowcount
     return count
 
 
@@ -491,42 +424,15 @@ def _verify(connection: sqlite3.Connection) -> Verified:
     count = recomputed = 0
     try:
         damage += [line for (line,) in connection.execute("PRAGMA integrity_check") if line != "ok"]
-        for number, *row in connection.execute(f"SELECT id, {_COLUMNS} FROM verdicts ORDER BY id"):
+        for number, *row in connection.execute(f"SELECT id, {COLUMNS} FROM verdicts ORDER BY id"):
             count += 1
-            if isinstance(verdict := _verdict(row), str):
+            if isinstance(verdict := decode(row), str):
                 damage.append(f"row {number}, verdict {str(row[0])[:12]}: {verdict}")
             else:
                 recomputed += bool(verdict.parts)
     except sqlite3.DatabaseError as error:
         damage.append(str(error))
     return Verified(count, recomputed, damage)
-
-
-def _to_parquet(path: Path, verdicts: Iterator[StoredVerdict]) -> int:
-    count = 0
-    with pq.ParquetWriter(path, VERDICTS.schema, compression="zstd") as writer:
-        while batch := list(islice(verdicts, _BATCH)):
-            # Half a surrogate pair is no text for Parquet: it becomes its escape.
-            rows = [
-                _fields(verdict) | {"answer": verdict.answer.encode("utf-8", "backslashreplace").decode()}
-                for verdict in batch
-            ]
-            writer.write_table(pa.Table.from_pylist(rows, schema=VERDICTS.schema))
-            count += len(batch)
-    return count
-
-
-def _to_jsonl(path: Path, verdicts: Iterator[StoredVerdict]) -> int:
-    count = 0
-    with path.open("w", encoding="utf-8") as stream:
-        for verdict in verdicts:
-            stream.write(json.dumps(_fields(verdict)) + "\n")
-            count += 1
-    return count
-
-
-def _fields(verdict: StoredVerdict) -> dict[str, Any]:
-    return dict(zip(_NAMES, _values(verdict), strict=True))
 
 
 FORMAT = Format("verdicts", 0x7061706F, _MIGRATIONS, _salvage)

@@ -19,13 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from papo.errors import BusyError, DamagedError, DataError, MissingInputError, SetupError, UserError
 from papo.schemas import VERDICTS
-from papo.store import database, verdicts
+from papo.store import database, verdict_rows, verdicts
 from papo.store.layout import Workspace
 from papo.store.owners import new_owner
 from papo.store.tables import read_rows
@@ -259,6 +261,16 @@ def test_who_waits_gets_what_others_store_and_may_pay_for_what_they_release(
             return [first, await waiting, await store.wait([], mine)]
 
     assert asyncio.run(both()) == [({verdict(1).key: verdict(1)}, set()), ({}, set(keys(2))), ({}, set())]
+
+
+def test_who_waits_for_a_few_looks_beyond_the_many_that_others_pay_for(store: VerdictStore, path: Path) -> None:
+    with VerdictStore.open(path) as other:
+        other.claim(keys(*range(250)), new_owner())
+        other.put(verdict(120))
+        table, mine = keys(*range(260)), new_owner()
+        assert asyncio.run(store.wait(table, mine, limit=5)) == ({verdict(120).key: verdict(120)}, set())
+        table.remove(verdict(120).key)
+        assert asyncio.run(store.wait(table, mine, limit=5)) == ({}, set(keys(*range(250, 255))))
 
 
 def test_a_wait_that_is_cancelled_leaves_no_claim_behind_when_the_store_is_closed(path: Path) -> None:
@@ -636,6 +648,18 @@ def test_who_holds_the_store_for_too_long_is_reported(
         other.execute("ROLLBACK")
         impatient.put(verdict(1))
     assert str(path) in caught.value.where
+    with FileLock(f"{path}.lock"), pytest.raises(BusyError, match=r"have not let go of it for 0\.1 s"):
+        VerdictStore.open(path)
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("nfs4", True), ("fuse.sshfs", True), ("lustre", True), ("ext4", False)])
+def test_the_innermost_mount_tells_whether_machines_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, shared: bool
+) -> None:
+    mounts = [SimpleNamespace(mountpoint="/", fstype="overlay"), SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr(database.psutil, "disk_partitions", lambda **_: mounts)
+    assert database.on_network(tmp_path / "kept/verdicts.sqlite") is shared
+    assert not database.on_network(tmp_path.parent / "verdicts.sqlite")
 
 
 def test_a_folder_that_other_machines_share_gets_no_shared_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -680,7 +704,7 @@ def test_stats_count_by_model_and_rubric(store: VerdictStore, path: Path) -> Non
 def test_an_export_has_every_verdict_oldest_first(
     store: VerdictStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verdicts, "_BATCH", 2)
+    monkeypatch.setattr(verdict_rows, "_BATCH", 2)
     some = [verdict(number) for number in (4, 0, 3, 1)] + [verdict(2, answer="half \ud800", finish_reason=None)]
     for one in some:
         store.put(one)
