@@ -154,7 +154,7 @@ class Database:
 
     def _anew(self, error: sqlite3.Error) -> sqlite3.Connection:
         aside = self.path.with_name(f"{self.path.stem}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{SUFFIX}")
-        # The log first: left beside a new file, it would be played into that one.
+        # The log first, so that it is never beside a file that is not its own.
         for end in ("-wal", "-shm", ""):
             with suppress(FileNotFoundError):
                 Path(f"{self.path}{end}").replace(f"{aside}{end}")

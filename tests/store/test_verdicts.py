@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -217,6 +218,12 @@ def test_of_two_owners_only_one_may_pay(store: VerdictStore, path: Path) -> None
 def test_what_is_stored_is_nobodys_to_pay_for(store: VerdictStore) -> None:
     store.put(verdict(1))
     assert store.claim(keys(1), new_owner()) == set()
+
+
+def test_what_is_stored_is_claimed_no_more(store: VerdictStore) -> None:
+    store.claim(keys(1, 2), new_owner())
+    store.put(verdict(1))
+    assert store.stats().claims == 1
 
 
 def test_a_limit_takes_the_first_that_are_free(store: VerdictStore) -> None:
@@ -496,6 +503,24 @@ def test_a_truncated_file_is_no_crash(path: Path, warned: list[str]) -> None:
         store.put(verdict(399))
         assert store.verify().damage == []
     assert "taken over" in warned[0]
+
+
+def test_the_log_of_a_damaged_file_is_taken_over_too(path: Path, tmp_path: Path, warned: list[str]) -> None:
+    filled(path, 400)
+    killed = tmp_path / "killed.sqlite"
+    with VerdictStore.open(path) as store:
+        store.put(verdict(500))
+        for end in ("", "-wal"):  # as a killed process leaves them
+            shutil.copy(f"{path}{end}", f"{killed}{end}")
+    with killed.open("r+b") as stream:
+        stream.seek(4096 * 20)
+        stream.write(b"\xff" * 4096 * 10)
+    with VerdictStore.open(killed, warn=warned.append) as store:
+        found = store.get_many(keys(*range(501)))
+        assert verdict(500).key in found
+        assert 250 < len(found) < 401  # eight a page
+    assert len(warned) == 1
+    assert verify_store(killed).damage == []
 
 
 def test_a_changed_row_is_not_used_and_can_be_paid_for_again(
