@@ -113,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--round", type=int, metavar="K", help="the round (default: the last that has the problem)")
     explain.add_argument("--text", action="store_true", help="also the text of each response")
     _common(explain)
+    kept = "the verdicts of paid judges that are kept: what is there, a copy as a table, or whether all is whole"
+    cache = commands.add_parser("judge-cache", help=kept, description=kept, allow_abbrev=False)
+    cache.add_argument("action", choices=("stats", "export", "verify"), metavar="stats|export|verify")
+    cache.add_argument("file", nargs="?", type=Path, metavar="FILE", help="of export: *.parquet or *.jsonl")
+    cache.add_argument("--store", type=Path, metavar="FILE", help="the store (default: .papo/verdicts.sqlite)")
+    _common(cache)
     dvc = commands.add_parser("dvc", help="write dvc.yaml anew from params.yaml", allow_abbrev=False)
     dvc.add_argument("--check", action="store_true", help="only say whether dvc.yaml is up to date")
     return parser

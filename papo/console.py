@@ -22,9 +22,10 @@ from papo.engines.policy import import_libraries
 from papo.inspection import Explained, Rederivation, Response
 from papo.session import Summary
 from papo.store.manifest import Context
+from papo.store.verdicts import StoreStats, Verified
 
 # Columns that are no numbers.
-WORDS = ("policy", "benchmark", "tier", "signal", "stage", "alarm", "evidence", "stored", "variant")
+WORDS = ("policy", "benchmark", "tier", "signal", "stage", "alarm", "evidence", "stored", "variant", "model", "rubric")
 console = Console(stderr=True)
 log = logging.getLogger("papo")
 
@@ -78,6 +79,44 @@ def _lines(description: str, total: int) -> Iterator[Callable[[int], None]]:
     yield advance
     seconds = time.monotonic() - started
     log.info("%s %d/%d in %.1f s (%.1f/s)", description, count, total, seconds, count / max(seconds, 1e-9))
+
+
+def show_stored(stats: StoreStats) -> None:
+    """What the store of verdicts holds, on standard output."""
+    out = _output()
+    if stats.by:
+        out.print(_table(stored_rows(stats)))
+    where = f"{stats.path}: {stats.size_bytes / 1e6:,.1f} MB, {sum(one.verdicts for one in stats.by):,} verdicts"
+    out.print(f"{where}, {stats.claims:,} being asked for", markup=False, highlight=False, soft_wrap=True)
+
+
+def stored_rows(stats: StoreStats) -> list[dict[str, str]]:
+    return [
+        {
+            "model": escape(_printable(one.model)),
+            "rubric": escape(_printable(one.rubric)),
+            "verdicts": f"{one.verdicts:,}",
+            "tokens in": f"{one.prompt_tokens:,}",
+            "tokens out": f"{one.completion_tokens:,}",
+            "s each": f"{one.seconds / one.verdicts:.2f}",
+            "oldest": _day(one.oldest),
+            "newest": _day(one.newest),
+        }
+        for one in stats.by
+    ]
+
+
+def show_verified(verified: Verified, store: Path) -> int:
+    """Every damage, a line each, on standard output; the exit code."""
+    out = _output()
+    for line in verified.damage:
+        out.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
+    found = f"damages: {len(verified.damage)}" if verified.damage else "all is whole"
+    keys = f"{verified.recomputed:,} keys computed anew"
+    out.print(
+        f"{store}: {verified.verdicts:,} verdicts, {keys}, {found}", markup=False, highlight=False, soft_wrap=True
+    )
+    return 1 if verified.damage else 0
 
 
 def show_alarms(rounds: int, raised: list[Alarm]) -> None:
@@ -349,6 +388,13 @@ def _shortened(text: str, limit: int = 24) -> str:
 
 def _score(value: float, status: str) -> str:
     return status if math.isnan(value) else f"{value:.3g}"
+
+
+def _day(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # of a damaged row
+        return "?"
 
 
 def _signed(value: float) -> str:

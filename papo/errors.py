@@ -4,6 +4,7 @@
     ├── UserError                 exit 2: the input is wrong; nothing was started, nothing is lost
     │   ├── ParamsError           params.yaml, a preset or --set
     │   ├── DataError             a problem set or a table: content, columns, schema version, truncation
+    │   │   └── DamagedError      a file that is no longer what was written
     │   ├── CheckpointError       a policy that is none, or not the one that was asked for
     │   ├── MissingInputError     a stage whose predecessor has not run
     │   ├── BusyError             another run holds this checkout
@@ -61,6 +62,10 @@ class ParamsError(UserError):
 
 class DataError(UserError):
     """A problem set or table that cannot be used."""
+
+
+class DamagedError(DataError):
+    """A file that is no longer what was written."""
 
 
 class CheckpointError(UserError):

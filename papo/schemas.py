@@ -192,8 +192,28 @@ EVALUATION = Table(
     frozenset({"tier", "orm_score", "extracted"}),
 )
 
+# The export of the store of verdicts.
+VERDICTS = Table(
+    "verdicts",
+    1,
+    (
+        ("key", pa.string()),
+        ("model", pa.string()),
+        ("rubric", pa.string()),
+        ("answer", pa.string()),  # raw, as the model sent it
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("seconds", pa.float64()),
+        ("created", pa.float64()),  # Unix time
+        ("parts", pa.string()),  # JSON that the key is the SHA-256 of; empty if it was not kept
+    ),
+    frozenset({"finish_reason"}),
+)
+
 TABLES = {
-    table.name: table for table in (PROBLEMS, DROPPED, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, SAMPLES, EVALUATION)
+    table.name: table
+    for table in (PROBLEMS, DROPPED, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, SAMPLES, EVALUATION, VERDICTS)
 }
 
 
