@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,7 +57,7 @@ def nearest_level(scores: npt.ArrayLike, levels: Sequence[float]) -> IndexArray:
         DataError: a score is missing or no number.
         ParamsError: levels are not at least one number, ascending.
     """
-    if not levels or any(b <= a for a, b in zip(levels, levels[1:], strict=False)):
+    if not levels or any(b <= a for a, b in pairwise(levels)):
         raise ParamsError(f"levels are {list(levels)}: ascending numbers are needed", where="levels")
     values = as_scores(scores, "scores", missing_ok=False)
     middles = (np.asarray(levels[:-1]) + np.asarray(levels[1:])) / 2.0
