@@ -285,7 +285,7 @@ def _record(params: Params, tracker: Tracker, folder: Path, found: Mapping[str, 
     metrics = {name: found[name]["value"] for name in MEASURES} | {"missing_share": found["missing_share"]}
     metrics |= {f"votes_{name}": found["votes"][name] for name in ("agreement", "alpha")}
     metrics |= {f"first_error_{name}": found["first_error"][name] for name in ("found", "none_right", "exact")}
-    tags = {f"papo.{name}": str(found[name]) for name in ("judge", "rubric", "data")}
+    tags = {"papo.kind": "calibration"} | {f"papo.{name}": str(found[name]) for name in ("judge", "rubric", "data")}
     tracker.start(f"calibrate-{folder.name}", params.flat(), tags)
     tracker.artifact(folder / "calibration.json")
     tracker.finish("FINISHED", {f"calibration/{name}": value for name, value in metrics.items() if value is not None})

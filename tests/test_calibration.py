@@ -17,6 +17,7 @@ from papo.engines.protocols import JudgeItem, Judgement, Progress
 from papo.engines.tracking import NullTracker
 from papo.errors import PapoError, StageError
 from papo.params import Params, ScorePrmParams
+from papo.pipeline import Step, run_step
 from papo.schemas import CALIBRATION
 from papo.session import Session, share_start
 from papo.store.files import read_json, write_json
@@ -196,6 +197,21 @@ def test_more_kinds_than_a_person_would_name_are_not_held_apart(judged: Callable
     assert found["length_bias"]["value"] == pytest.approx(1.0)
 
 
+def test_what_belongs_to_a_kind_is_no_bias_for_length(judged: Callable[..., dict[str, Any]]) -> None:
+    # The long ones of one source score high, the short ones of the other low; within each, length makes no difference.
+    short = [row | {"source": "a"} for row in labelled(40)]
+    long = [row | {"source": "b", "response": f"{row['response']}{'y' * 50}"} for row in labelled(40)]
+    scores = {0: 0.4, 1: 0.6}
+
+    def say(item: JudgeItem) -> Judgement:
+        return ok(scores[int(item.problem[1:]) // 7 % 2] * (1.0 if "y" in item.response else 0.5))
+
+    found = judged(say, *short, *long)
+    assert abs(found["length_bias"]["value"]) < 0.2
+    everyone = judged(say, *(row | {"source": ""} for row in (*short, *long)))
+    assert everyone["length_bias"]["value"] > 0.6
+
+
 def test_votes_and_first_errors_by_the_steps_of_the_data(judged: Callable[..., dict[str, Any]]) -> None:
     steps = ["so\nsoon", "then", "thus"]
     rows = [
@@ -253,7 +269,7 @@ def test_the_record_has_the_measures_that_are_defined(workspace: Workspace, cont
     calibrate(Params(), workspace, context, data="sums", limit=50, tracker=recorder)
     (name, tags), artifact, (status, metrics) = recorder.calls
     assert (name, artifact, status) == ("calibrate-steps-sums", "calibration.json", "FINISHED")
-    assert tags == {"papo.judge": "steps", "papo.rubric": "steps/1", "papo.data": "sums"}
+    assert tags == {"papo.kind": "calibration", "papo.judge": "steps", "papo.rubric": "steps/1", "papo.data": "sums"}
     assert (metrics["calibration/agreement"], metrics["calibration/missing_share"]) == (1.0, 0.0)
     assert "calibration/length_bias" not in metrics
 
@@ -290,6 +306,20 @@ def test_a_run_warns_of_its_judge_once_at_the_start(workspace: Workspace, contex
         with Session(params, workspace, name="a run", tracker=NullTracker(), context=context):
             assert len(warned) == lines
             assert all("follows the length of a response" in line for line in warned)
+
+
+def test_the_report_is_given_the_calibrations_of_the_runs_judge(
+    workspace: Workspace, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = calibrate(GULLIBLE, workspace, context, data="sums", limit=50)
+    given: list[dict[str, Path]] = []
+    monkeypatch.setattr("papo.pipeline._there", lambda inputs, workspace: inputs)
+    monkeypatch.setattr(
+        "papo.stages.report.run", lambda params, inputs, out, context: given.append(inputs.calibrations)
+    )
+    for params in (GULLIBLE, Params()):
+        run_step(Step("report"), params, workspace, context)
+    assert given == [{"steps-gullible-sums": folder / "calibration.json"}, {}]
 
 
 # ---- the command ----
