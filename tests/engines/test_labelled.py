@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from papo.core.credit import split_steps
 from papo.core.steps import operations, parse_problem, parse_steps, stray_lines
 from papo.engines.labelled import KINDS, LEVELS, Labelled, labelled_set
 from papo.errors import DataError, ParamsError
@@ -94,6 +95,12 @@ def test_real_solutions_with_steps() -> None:
         ends = [*one.starts[1:], len(one.response)]
         parts = [one.response[start:end].strip() for start, end in zip(one.starts, ends, strict=True)]
         assert parts == [step.strip() for step in row["steps"]]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
+def test_the_steps_of_real_solutions_are_those_that_a_judge_is_asked_about() -> None:
+    for one in labelled_set(str(SHARED)).responses:
+        assert one.starts == tuple(step.start for step in split_steps(one.response))
 
 
 def test_labels_in_words_numbers_and_truth_values(tmp_path: Path) -> None:
