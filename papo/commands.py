@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from papo.calibration import calibrate
 from papo.console import (
     configure_logging,
     log,
     make_context,
     show_alarms,
+    show_calibration,
     show_comparison,
     show_explained,
     show_rederivation,
@@ -61,6 +63,9 @@ def dispatch(options: argparse.Namespace) -> int:
         return 0
     if options.command == "pass-rates":
         pass_rates(params, workspace, options)
+        return 0
+    if options.command == "calibrate-judge":
+        show_calibration(*calibrate_judge(params, workspace, options))
         return 0
     if options.command == "evaluate" and (options.policy or options.against):
         show_comparison(*compare_policies(params, workspace, options))
@@ -154,6 +159,23 @@ def compare_policies(params: Params, workspace: Workspace, options: argparse.Nam
             policy=options.policy, against=options.against, benchmarks=named, samples=options.k,
         )  # fmt: skip
     return out, read_json(out / "metrics.json")
+
+
+def calibrate_judge(params: Params, workspace: Workspace, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """The folder of a calibration and what calibration.json holds."""
+    columns = {}
+    for text in options.column:
+        role, _, column = text.partition("=")
+        if not role.strip() or not column.strip():
+            fix = "name the role and the column, such as problem=question"
+            raise UserError(f"--column {text}", where="papo calibrate-judge", fix=fix)
+        columns[role.strip()] = column.strip()
+    with exclusive(workspace, wait_s=options.wait):
+        return calibrate(
+            params, workspace, make_context(workspace.work),
+            data=options.data, columns=columns, out=options.out, limit=options.max,
+            tracker=make_tracker(params.tracking, warn=warn),
+        )  # fmt: skip
 
 
 def _named(text: str) -> tuple[str, str | None]:

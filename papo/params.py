@@ -383,6 +383,11 @@ class ScorePrmParams(_Section):
 
     judge: Literal["steps", "steps-gullible", "readability"] = "steps"
     max_failed_share: Share = 0.2
+    max_length_bias: Share = Field(
+        0.3,
+        description="Correlation of score and length among equally good responses, as `papo calibrate-judge` measures it, above which a "
+        "run warns of its judge.",
+    )
 
 
 class AdvantageParams(_Section):
