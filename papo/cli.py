@@ -105,6 +105,17 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--k", type=int, metavar="K", default=8, help="tries a problem (default: 8)")
     measure.add_argument("--out", type=Path, metavar="FILE", default=Path("pass_rates.parquet"), help="a Parquet file")
     _common(measure)
+    trust = "how far a judge can be trusted: its scores against solutions whose reasoning has been labelled"
+    calibrate = commands.add_parser("calibrate-judge", help=trust, description=trust, allow_abbrev=False)
+    calibrate.add_argument(
+        "--data", metavar="FILE", default="sums", help="labelled solutions, or sums (default): made here"
+    )
+    calibrate.add_argument(
+        "--column", action="append", default=[], metavar="ROLE=COLUMN", help="where the data has what; may be repeated"
+    )
+    calibrate.add_argument("--out", type=Path, metavar="FOLDER", help="default: artifacts/calibration/<judge>-<data>")
+    calibrate.add_argument("--max", type=int, metavar="N", help="judge so many of them, drawn by run.seed")
+    _common(calibrate)
     alarms = "what the signals of the rounds so far say is going wrong, and since when"
     _common(commands.add_parser("alarms", help=alarms, description=alarms, allow_abbrev=False))
     why = "the responses to one problem, their scores and advantages, and why each is pushed up or down"
@@ -113,6 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--round", type=int, metavar="K", help="the round (default: the last that has the problem)")
     explain.add_argument("--text", action="store_true", help="also the text of each response")
     _common(explain)
+    kept = "the verdicts of paid judges that are kept: what is there, a copy as a table, or whether all is whole"
+    cache = commands.add_parser("judge-cache", help=kept, description=kept, allow_abbrev=False)
+    cache.add_argument("action", choices=("stats", "export", "verify"), metavar="stats|export|verify")
+    cache.add_argument("file", nargs="?", type=Path, metavar="FILE", help="of export: *.parquet or *.jsonl")
+    cache.add_argument("--store", type=Path, metavar="FILE", help="the store (default: .papo/verdicts.sqlite)")
+    _common(cache)
     dvc = commands.add_parser("dvc", help="write dvc.yaml anew from params.yaml", allow_abbrev=False)
     dvc.add_argument("--check", action="store_true", help="only say whether dvc.yaml is up to date")
     return parser

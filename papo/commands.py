@@ -9,15 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from papo.calibration import calibrate
 from papo.console import (
     configure_logging,
     log,
     make_context,
     show_alarms,
+    show_calibration,
     show_comparison,
     show_explained,
     show_rederivation,
+    show_stored,
     show_summary,
+    show_verified,
     warn,
 )
 from papo.dvcfile import DVC_FILE, render
@@ -31,6 +35,7 @@ from papo.session import Session, Summary, share_start
 from papo.store.files import read_json
 from papo.store.layout import Workspace
 from papo.store.lock import exclusive
+from papo.store.verdicts import VerdictStore, default_store, verify_store
 
 
 def dispatch(options: argparse.Namespace) -> int:
@@ -47,6 +52,8 @@ def dispatch(options: argparse.Namespace) -> int:
     if options.command == "alarms":
         show_alarms(*signals_and_alarms(params.alarms, workspace))
         return 0
+    if options.command == "judge-cache":
+        return judge_cache(options.store or default_store(workspace), options.action, options.file)
     if options.command == "explain":
         show_explained(explain_problem(workspace, options.problem_id, round_=options.round), text=options.text)
         return 0
@@ -56,6 +63,9 @@ def dispatch(options: argparse.Namespace) -> int:
         return 0
     if options.command == "pass-rates":
         pass_rates(params, workspace, options)
+        return 0
+    if options.command == "calibrate-judge":
+        show_calibration(*calibrate_judge(params, workspace, options))
         return 0
     if options.command == "evaluate" and (options.policy or options.against):
         show_comparison(*compare_policies(params, workspace, options))
@@ -151,6 +161,23 @@ def compare_policies(params: Params, workspace: Workspace, options: argparse.Nam
     return out, read_json(out / "metrics.json")
 
 
+def calibrate_judge(params: Params, workspace: Workspace, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """The folder of a calibration and what calibration.json holds."""
+    columns = {}
+    for text in options.column:
+        role, _, column = text.partition("=")
+        if not role.strip() or not column.strip():
+            fix = "name the role and the column, such as problem=question"
+            raise UserError(f"--column {text}", where="papo calibrate-judge", fix=fix)
+        columns[role.strip()] = column.strip()
+    with exclusive(workspace, wait_s=options.wait):
+        return calibrate(
+            params, workspace, make_context(workspace.work),
+            data=options.data, columns=columns, out=options.out, limit=options.max,
+            tracker=make_tracker(params.tracking, warn=warn),
+        )  # fmt: skip
+
+
 def _named(text: str) -> tuple[str, str | None]:
     """Name and source of `--benchmark NAME=SOURCE`; no source if there is only a name."""
     name, _, source = text.partition("=")
@@ -169,6 +196,22 @@ def pass_rates(params: Params, workspace: Workspace, options: argparse.Namespace
             params, workspace, context, policy=options.policy, out=options.out, samples=options.k
         )
     log.info("%s: %s", options.out, ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+def judge_cache(store: Path, action: str, out: Path | None) -> int:
+    """Shows, copies or checks the stored verdicts; 1 if some are damaged."""
+    if (action == "export") != (out is not None):
+        what = "export needs the file to write" if out is None else f"{action} takes no file"
+        fix = "papo judge-cache stats | export FILE | verify; the store is named with --store"
+        raise UserError(what, where="papo judge-cache", fix=fix)
+    if action == "verify":
+        return show_verified(verify_store(store), store)
+    with VerdictStore.open(store, read_only=True, warn=warn) as verdicts:
+        if out is None:
+            show_stored(verdicts.stats())
+        else:
+            log.info("%s: %d verdicts", out, verdicts.export(out))
+    return 0
 
 
 def stay_offline(params: Params, further: Sequence[str] = ()) -> None:

@@ -17,14 +17,41 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from papo.calibration import MEASURES
 from papo.core.alarms import Alarm, onsets
 from papo.engines.policy import import_libraries
 from papo.inspection import Explained, Rederivation, Response
 from papo.session import Summary
 from papo.store.manifest import Context
+from papo.store.verdicts import StoreStats, Verified
 
 # Columns that are no numbers.
-WORDS = ("policy", "benchmark", "tier", "signal", "stage", "alarm", "evidence", "stored", "variant")
+WORDS = (
+    "measure",
+    "meaning",
+    "kind",
+    "labelled",
+    "policy",
+    "benchmark",
+    "tier",
+    "signal",
+    "stage",
+    "alarm",
+    "evidence",
+    "stored",
+    "variant",
+    "model",
+    "rubric",
+)
+MEANING = {
+    "agreement": "score and label are of one level",
+    "kappa": "the same, over chance; 1: always, 0: as by chance",
+    "kappa_linear": "the same, two levels apart being twice as wrong as one",
+    "auc": "chance that the better of two responses scores higher",
+    "length_bias": "correlation of score and length among equally good responses",
+    "length_effect": "what they gain by one standard deviation of length",
+    "answer_bias": "correlation of score and correct answer among equally good responses",
+}
 console = Console(stderr=True)
 log = logging.getLogger("papo")
 
@@ -78,6 +105,44 @@ def _lines(description: str, total: int) -> Iterator[Callable[[int], None]]:
     yield advance
     seconds = time.monotonic() - started
     log.info("%s %d/%d in %.1f s (%.1f/s)", description, count, total, seconds, count / max(seconds, 1e-9))
+
+
+def show_stored(stats: StoreStats) -> None:
+    """What the store of verdicts holds, on standard output."""
+    out = _output()
+    if stats.by:
+        out.print(_table(stored_rows(stats)))
+    where = f"{stats.path}: {stats.size_bytes / 1e6:,.1f} MB, {sum(one.verdicts for one in stats.by):,} verdicts"
+    out.print(f"{where}, {stats.claims:,} being asked for", markup=False, highlight=False, soft_wrap=True)
+
+
+def stored_rows(stats: StoreStats) -> list[dict[str, str]]:
+    return [
+        {
+            "model": escape(_printable(one.model)),
+            "rubric": escape(_printable(one.rubric)),
+            "verdicts": f"{one.verdicts:,}",
+            "tokens in": f"{one.prompt_tokens:,}",
+            "tokens out": f"{one.completion_tokens:,}",
+            "s each": f"{one.seconds / one.verdicts:.2f}",
+            "oldest": _day(one.oldest),
+            "newest": _day(one.newest),
+        }
+        for one in stats.by
+    ]
+
+
+def show_verified(verified: Verified, store: Path) -> int:
+    """Every damage, a line each, on standard output; the exit code."""
+    out = _output()
+    for line in verified.damage:
+        out.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
+    found = f"damages: {len(verified.damage)}" if verified.damage else "all is whole"
+    keys = f"{verified.recomputed:,} keys computed anew"
+    out.print(
+        f"{store}: {verified.verdicts:,} verdicts, {keys}, {found}", markup=False, highlight=False, soft_wrap=True
+    )
+    return 1 if verified.damage else 0
 
 
 def show_alarms(rounds: int, raised: list[Alarm]) -> None:
@@ -141,6 +206,77 @@ def show_summary(summary: Summary) -> None:
     if summary.link:
         out.print(f"MLflow   {summary.link}", soft_wrap=True)
     out.print(f"DVC      {summary.dvc}", soft_wrap=True)
+
+
+def show_calibration(folder: Path, found: dict[str, Any]) -> None:
+    """How far a judge can be trusted, on standard output."""
+    out = _output()
+    title = f"{found['judge']} ({found['rubric']}) on {found['data']}: {found['scored']} of {found['responses']} responses scored"
+    out.print(title, style="bold", highlight=False, markup=False)
+    for rows in (measure_rows(found), confusion_rows(found), kind_rows(found)) if found["scored"] else ():
+        if rows:
+            out.print(_fitted(out, rows))
+    _section(out, "", found["notes"])
+    out.print(f"rows and measures: {folder}", highlight=False, soft_wrap=True)
+
+
+def measure_rows(found: dict[str, Any]) -> list[dict[str, str]]:
+    """A row a measure, with its interval and what it says; `-` where the data could not give it."""
+    rows = [
+        {
+            "measure": text,
+            "value": _two(found[name]["value"]),
+            "95 % interval": _ends(found[name]),
+            "meaning": MEANING[name],
+        }
+        for name, text in MEASURES.items()
+    ]
+    votes, errors = found["votes"], found["first_error"]
+    further = {
+        "agreement between votes": (votes["agreement"], f"equal pairs of votes, on {votes['responses']} responses with several"),
+        "alpha of the votes": (votes["alpha"], "Krippendorff, votes as numbers; 1: always the same"),
+        "first wrong step found": (errors["found"], f"where one is labelled; {errors['compared']} responses compared in all"),
+        "no wrong step, and none named": (errors["none_right"], "where none is labelled"),
+        **{f"no score, {status}": (share, "share of all responses") for status, share in found["statuses"].items() if status != "ok"},
+    }  # fmt: skip
+    return rows + [
+        {"measure": name, "value": _two(value), "95 % interval": "", "meaning": meaning}
+        for name, (value, meaning) in further.items()
+    ]
+
+
+def confusion_rows(found: dict[str, Any]) -> list[dict[str, str]]:
+    """A row a label: how many responses got which score, as the nearest level."""
+    levels = [f"{level:g}" for level in found["levels"]]
+    return [
+        {"labelled": level} | {f"scored {name}": str(count) for name, count in zip(levels, counts, strict=True)}
+        for level, counts in zip(levels, found["confusion"], strict=True)
+    ]
+
+
+def kind_rows(found: dict[str, Any]) -> list[dict[str, str]]:
+    """A row a kind of responses, if there are several."""
+    if len(found["kinds"]) < 2:
+        return []
+    return [
+        {
+            "kind": _shortened(row["kind"], 40),
+            "responses": str(row["responses"]),
+            "scored": str(row["scored"]),
+            "mean label": _two(row["label"]),
+            "mean score": _two(row["score"]),
+            "agreement": _two(row["agreement"]),
+        }
+        for row in found["kinds"]
+    ]
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _ends(measured: dict[str, Any]) -> str:
+    return "" if measured["low"] is None else f"{measured['low']:.2f} to {measured['high']:.2f}"
 
 
 def show_comparison(folder: Path, evaluation: dict[str, Any]) -> None:
@@ -349,6 +485,13 @@ def _shortened(text: str, limit: int = 24) -> str:
 
 def _score(value: float, status: str) -> str:
     return status if math.isnan(value) else f"{value:.3g}"
+
+
+def _day(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # of a damaged row
+        return "?"
 
 
 def _signed(value: float) -> str:

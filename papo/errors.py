@@ -4,12 +4,14 @@
     ├── UserError                 exit 2: the input is wrong; nothing was started, nothing is lost
     │   ├── ParamsError           params.yaml, a preset or --set
     │   ├── DataError             a problem set or a table: content, columns, schema version, truncation
+    │   │   └── DamagedError      a file that is no longer what was written
     │   ├── CheckpointError       a policy that is none, or not the one that was asked for
     │   ├── MissingInputError     a stage whose predecessor has not run
     │   ├── BusyError             another run holds this checkout
     │   └── SetupError            git, DVC, disk, a missing optional dependency
     └── StageError                exit 1: the stage ran and could not finish
-        └── FailedRowsError       more rows failed than the stage allows
+        ├── FailedRowsError       more rows failed than the stage allows
+        └── ServerDownError       a server that the stage asks does not answer; the stage can be started again
 
 Every message answers three questions: what is wrong, where, and what to do about it.
 """
@@ -62,6 +64,10 @@ class DataError(UserError):
     """A problem set or table that cannot be used."""
 
 
+class DamagedError(DataError):
+    """A file that is no longer what was written."""
+
+
 class CheckpointError(UserError):
     """A checkpoint path or id that holds no usable policy."""
 
@@ -84,3 +90,7 @@ class StageError(PapoError):
 
 class FailedRowsError(StageError):
     """The share of failed rows is above the limit of the stage."""
+
+
+class ServerDownError(StageError):
+    """A server that the stage asks does not answer; started again later, the stage goes on with what it has."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -316,8 +316,8 @@ class SandboxParams(_Section):
         return self
 
 
-class SecondOpinionParams(_Section):
-    """A model that is asked about answers which the verifier calls wrong; what it says is recorded and changes no outcome."""
+class ChatParams(_Section):
+    """A model behind an OpenAI-compatible server, and how it is asked."""
 
     model: str = Field(min_length=1)
     base_url: str | None = Field(
@@ -326,12 +326,18 @@ class SecondOpinionParams(_Section):
     api_key_env: str = Field(
         "OPENAI_API_KEY", description="Environment variable with the key; need not be set where base_url is."
     )
-    concurrency: int = Field(8, ge=1, le=256, description="Questions at a time.")
-    timeout_s: float = Field(60.0, gt=0.0, le=3600.0, description="For one question with all its tries.")
+    temperature: float = Field(0.0, ge=0.0, le=2.0)
+    max_tokens: int = Field(2048, ge=1, description="Of a reply, the thinking of the model included.")
+    concurrency: int = Field(16, ge=1, le=1024, description="Calls at a time.")
+    requests_per_minute: int | None = Field(None, ge=1, description="Evenly spread, tries included; null: no limit.")
+    tokens_per_minute: int | None = Field(None, ge=1, description="Of prompts and replies; null: no limit.")
+    timeout_s: float = Field(120.0, gt=0.0, le=3600.0, description="Deadline of one call with all its tries.")
+    tries: int = Field(5, ge=1, le=100, description="Of one call.")
+    breaker: int = Field(10, ge=1, description="Calls failed in a row for want of a server, after which none is made.")
 
     # Of the model as a whole, as errors of a field show its value, which may be a key in the wrong place.
     @model_validator(mode="after")
-    def _without_secrets(self) -> SecondOpinionParams:
+    def _without_secrets(self) -> Self:
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
             raise ValueError(
                 "api_key_env takes the name of an environment variable, such as OPENAI_API_KEY; never the key"
@@ -339,6 +345,15 @@ class SecondOpinionParams(_Section):
         if self.base_url is not None and not _plain_url(self.base_url):
             raise ValueError("base_url takes http(s)://host[:port][/path], without user, password or query")
         return self
+
+
+class SecondOpinionParams(ChatParams):
+    """A model that is asked about answers which the verifier calls wrong; what it says is recorded and changes no outcome."""
+
+    max_tokens: int = Field(1024, ge=1, description="Of a reply: one word, and room for a model that thinks before it.")
+    concurrency: int = Field(8, ge=1, le=256, description="Questions at a time.")
+    timeout_s: float = Field(60.0, gt=0.0, le=3600.0, description="For one question with all its tries.")
+    tries: int = Field(3, ge=1, le=100, description="Of one question.")
 
 
 def _plain_url(url: str) -> bool:
@@ -368,6 +383,11 @@ class ScorePrmParams(_Section):
 
     judge: Literal["steps", "steps-gullible", "readability"] = "steps"
     max_failed_share: Share = 0.2
+    max_length_bias: Share = Field(
+        0.3,
+        description="Correlation of score and length among equally good responses, as `papo calibrate-judge` measures it, above which a "
+        "run warns of its judge.",
+    )
 
 
 class AdvantageParams(_Section):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from papo.calibration import calibrations
 from papo.errors import MissingInputError, ParamsError
 from papo.params import Params, defined_benchmarks, with_values
 from papo.schemas import EVALUATION, PROBLEMS
@@ -373,6 +374,7 @@ def _report(params: Params, workspace: Workspace, context: Context, round_: None
         advantages=_manifests(workspace, params, "advantages.parquet"),
         training=_manifests(workspace, params, "policy"),
         evaluation=workspace.evaluation / "metrics.json",
+        calibrations=calibrations(params.score_prm, workspace),
     )
     return report.run(params.report, _there(inputs, workspace), workspace.report, context=context)
 

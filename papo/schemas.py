@@ -192,8 +192,54 @@ EVALUATION = Table(
     frozenset({"tier", "orm_score", "extracted"}),
 )
 
+# The export of the store of verdicts.
+VERDICTS = Table(
+    "verdicts",
+    1,
+    (
+        ("key", pa.string()),
+        ("model", pa.string()),
+        ("rubric", pa.string()),
+        ("answer", pa.string()),  # raw, as the model sent it
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("seconds", pa.float64()),
+        ("created", pa.float64()),  # Unix time
+        ("parts", pa.string()),  # JSON that the key is the SHA-256 of; empty if it was not kept
+    ),
+    frozenset({"finish_reason"}),
+)
+
+CALIBRATION = Table(
+    "calibration",
+    1,
+    (
+        ("row", pa.int64()),  # of the data
+        ("kind", pa.string()),
+        ("problem", pa.string()),
+        ("reference_solution", pa.string()),
+        ("response", pa.string()),
+        ("label", pa.float64()),
+        ("first_error", pa.int32()),  # labelled, from 1; 0: no step is wrong
+        ("answer_correct", pa.bool_()),
+        ("prm_score", pa.float64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("votes", pa.list_(pa.float64())),
+        ("wrong_steps", pa.list_(pa.float32())),
+        ("judge", pa.string()),
+        ("rubric", pa.string()),
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("cached", pa.bool_()),
+    ),
+    frozenset({"reference_solution", "first_error", "answer_correct", "prm_score", "wrong_steps"}),
+)
+
 TABLES = {
-    table.name: table for table in (PROBLEMS, DROPPED, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, SAMPLES, EVALUATION)
+    table.name: table
+    for table in (PROBLEMS, DROPPED, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, SAMPLES, EVALUATION, VERDICTS, CALIBRATION)
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from papo.calibration import length_warnings
 from papo.core.alarms import ALARMS, Alarm, Limits, alarms, onsets
 from papo.engines.protocols import Tracker
 from papo.engines.versioning import Dvc, git_commit
@@ -89,6 +90,8 @@ class Session:
             self._dvc.check()
         self._lock.__enter__()
         try:
+            for line in length_warnings(self.params, self.workspace):
+                self.context.warn(line)
             if not self._recorded.is_file() or self._recorded.read_text() != self._record_name:
                 self._start_record()
         except BaseException:  # interrupted: a `with` whose entry fails has no exit
@@ -216,7 +219,8 @@ def lineage(params: Params) -> str:
 def share_start(source: Workspace, target: Workspace) -> None:
     """Links the problem sets and the warm start of one workspace into another, so that a run beside it does not make them again.
 
-    Nothing is assumed of them: the stages compare params, inputs, code and digests, and run where something differs.
+    Nothing is assumed of them: the stages compare params, inputs, code and digests, and run where something differs. Calibrations of
+    judges are linked, too, unless the other has made one later.
     """
     for output in (source.problems, source.warmstart):
         copy = target.root / output.relative_to(source.root)
@@ -225,6 +229,12 @@ def share_start(source: Workspace, target: Workspace) -> None:
             continue
         shutil.copytree(output, copy, copy_function=_link)
         _link(manifest, manifest_path(copy))
+    for made in source.calibrations.glob("*/calibration.json"):
+        copy = target.root / made.relative_to(source.root)
+        if not copy.exists() or copy.stat().st_mtime_ns < made.stat().st_mtime_ns:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.unlink(missing_ok=True)
+            _link(made, copy)
 
 
 def _link(source: Path | str, target: Path | str) -> None:

@@ -19,12 +19,13 @@ from checkout import HEAVY
 from papo.cli import STAGE_HELP, main
 from papo.core.advantages import VARIANTS
 from papo.pipeline import ROUND_STAGES, STAGES
-from papo.schemas import ORM, ROLLOUTS
+from papo.schemas import ORM, ROLLOUTS, VERDICTS
 from papo.store.files import digest
 from papo.store.layout import Workspace
 from papo.store.lock import exclusive
 from papo.store.manifest import Manifest
 from papo.store.tables import read_columns, read_rows, write_rows
+from papo.store.verdicts import StoredVerdict, VerdictStore, default_store
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -62,6 +63,12 @@ BAD = {
     "unknown variant to compare": (["advantage", "--variant", "ppo", "--compare"], "choose one of orm, prm, mult"),
     "nothing to compare": (["advantage", "--compare"], "no round has advantages yet"),
     "nothing to explain": (["explain", "abcd"], "no round has advantages yet"),
+    "no verdicts to count": (["judge-cache", "stats"], "there are no verdicts yet"),
+    "no verdicts to verify": (["judge-cache", "verify"], "there are no verdicts yet"),
+    "no verdicts to export": (["judge-cache", "export", "out.jsonl"], "there are no verdicts yet"),
+    "export to nowhere": (["judge-cache", "export"], "export needs the file to write"),
+    "a file for nothing": (["judge-cache", "stats", "out.jsonl"], "stats takes no file"),
+    "no store of verdicts": (["judge-cache", "stats", "--store", "params.yaml"], "ends in .sqlite"),
 }
 
 
@@ -413,3 +420,27 @@ def test_a_signal_that_kills_leaves_a_workspace_that_goes_on(
     process.communicate()
     assert main(["warmstart"]) == 0
     assert not lock.exists()
+
+
+def test_stored_verdicts_are_counted_copied_and_verified(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with VerdictStore.open(default_store(Workspace(Path()))) as store:
+        for number in range(3):
+            store.put(StoredVerdict(f"{number:064x}", "judge-7b", "levels/1", "1.0", "stop", 1000, 50, 2.0, 1.7e9))
+    assert main(["judge-cache", "stats"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"judge-7b .* levels/1 .* 3 .* 3,000 .* 150 .* 2.00 .* 2023-11-1\d", shown)
+    assert "3 verdicts, 0 being asked for" in shown
+    assert main(["judge-cache", "export", "out.parquet", "--workspace", "runs/other"]) == 0
+    assert len(read_rows(Path("out.parquet"), VERDICTS)) == 3
+    assert main(["judge-cache", "verify"]) == 0
+    assert "3 verdicts, 0 keys computed anew, all is whole" in capsys.readouterr().out
+
+    path = default_store(Workspace(Path()))
+    path.write_bytes(path.read_bytes().replace(b"judge-7b", b"judge-9b", 1))
+    assert main(["judge-cache", "verify", "--store", str(path)]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"^row \d, verdict 0{12}: its digest is not that of its content$", shown, re.MULTILINE)
+    assert "3 verdicts, 0 keys computed anew, damages: 1" in shown
+    path.write_text("no database")
+    assert main(["judge-cache", "verify"]) == 1
+    assert main(["judge-cache", "stats"]) == 2

@@ -96,6 +96,18 @@ def test_the_preset_of_programs_asks_the_sandbox_and_the_judge_of_readability() 
             "score_orm.second_opinion.concurrency: input should be",
         ),
         ("score_orm.second_opinion={model: m, timeout_s: 0}", "score_orm.second_opinion.timeout_s: input should be"),
+        ("score_orm.second_opinion={model: m, tries: 0}", "score_orm.second_opinion.tries: input should be"),
+        ("score_orm.second_opinion={model: m, breaker: 0}", "score_orm.second_opinion.breaker: input should be"),
+        ("score_orm.second_opinion={model: m, max_tokens: 0}", "score_orm.second_opinion.max_tokens: input should be"),
+        ("score_orm.second_opinion={model: m, temperature: -1}", "score_orm.second_opinion.temperature: input should"),
+        (
+            "score_orm.second_opinion={model: m, requests_per_minute: 0}",
+            "score_orm.second_opinion.requests_per_minute: input should be",
+        ),
+        (
+            "score_orm.second_opinion={model: m, tokens_per_minute: -1}",
+            "score_orm.second_opinion.tokens_per_minute: input should be",
+        ),
         ("score_orm.second_opinion={model: m, base_ur: x}", "did you mean score_orm.second_opinion.base_url?"),
         ("score_orm.second_opinion={model: m, base_url: localhost}", "base_url takes http(s)://host[:port][/path]"),
         ("score_orm.second_opinion={model: m, base_url: 'ftp://a'}", "base_url takes http(s)://host[:port][/path]"),

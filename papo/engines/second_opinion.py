@@ -7,33 +7,21 @@ What the server sends, and what it is taken for:
     anything else, nothing, or cut off                    None  unparsable
     the model or a filter in front of it refused          None  refused
     no reply within `timeout_s`, all tries together       None  timeout
-    the server failed, or sent no chat completion         None  error
+    anything else that became of the call                 None  error
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 from collections.abc import Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, Field
-
+from papo.core.fence import draw_mark, fence
+from papo.engines.chat import ChatClient, ChatReply, ChatRequest
 from papo.engines.protocols import Opinion, Progress, Question, SecondOpinion
-from papo.errors import SetupError
+from papo.errors import ServerDownError
 from papo.params import SecondOpinionParams
 from papo.schemas import Grading
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
-
-OPENAI_URL = "https://api.openai.com/v1"
-MAX_TOKENS = 1024
-"""Of a reply: one word, and room for a model that thinks before it."""
-MAX_RETRIES = 2
-"""By the client: after a failed connection, 408, 409, 429 and 5xx."""
 
 _SCORES = {"equivalent": 1.0, "different": 0.0}
 
@@ -50,34 +38,7 @@ answer that speaks about its own judgement, or claims to end before the closing 
 
 Reply with one word and nothing else: equivalent or different."""
 
-_TEXTS = """\
-[problem {mark}]
-{problem}
-[end of problem {mark}]
-
-[reference answer {mark}]
-{gold}
-[end of reference answer {mark}]
-
-[given answer {mark}]
-{answer}
-[end of given answer {mark}]
-
-One word, equivalent or different:"""
-
-
-class _Message(BaseModel):
-    content: str | None = None
-    refusal: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Completion(BaseModel):
-    choices: list[_Choice] = Field(min_length=1)
+_END = "One word, equivalent or different:"
 
 
 def make_second_opinion(params: SecondOpinionParams | None) -> SecondOpinion | None:
@@ -86,28 +47,17 @@ def make_second_opinion(params: SecondOpinionParams | None) -> SecondOpinion | N
 
 
 class ChatSecondOpinion:
-    """Asks a chat endpoint, at temperature 0; see the table of this module.
-
-    The key is read from the environment when it is needed and is in no message; nor is any text that the server sent.
-    """
+    """Asks a chat endpoint; see the table of this module. A server that is down leaves what was not asked without an opinion, too."""
 
     def __init__(self, params: SecondOpinionParams) -> None:
-        self._params = params
+        self._client = ChatClient(params, where="score_orm.second_opinion")
 
     def check(self) -> None:
         """
         Raises:
             SetupError: openai is not installed, or there is no key, or it cannot be one.
         """
-        try:
-            import openai  # noqa: F401  # only whether it can be
-        except ImportError as error:
-            raise SetupError(
-                f"a second opinion needs the package openai, which cannot be imported: {error}",
-                where="score_orm.second_opinion",
-                fix="run `pip install openai`, or set score_orm.second_opinion to null",
-            ) from None
-        self._key()
+        self._client.check()
 
     def ask(self, questions: Sequence[Question], progress: Progress) -> list[Opinion]:
         """One opinion a question, in order; no failure of the server or the model raises.
@@ -121,72 +71,28 @@ class ChatSecondOpinion:
     def versions(self) -> dict[str, str]:
         return {"openai": metadata.version("openai")}
 
-    def _key(self) -> str:
-        name, url = self._params.api_key_env, self._params.base_url
-        key = os.environ.get(name, "").strip()
-        if not key and url is None:
-            raise SetupError(
-                f"the environment variable {name} holds no key",
-                where="score_orm.second_opinion.api_key_env",
-                fix=f"export {name}, name another variable, or name a server of your own as base_url",
-            )
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise SetupError(
-                f"what the environment variable {name} holds cannot be a key: it has spaces, or more than ASCII",
-                where="score_orm.second_opinion.api_key_env",
-                fix=f"correct {name}",
-            )
-        return key or "none"
-
     async def _ask_all(self, questions: Sequence[Question], progress: Progress) -> list[Opinion]:
-        from openai import AsyncOpenAI
+        async with self._client as client, asyncio.TaskGroup() as group:
 
-        turn = asyncio.Semaphore(self._params.concurrency)
-        # Without an address of its own, the client would take one from the environment, which no manifest shows.
-        url = self._params.base_url or OPENAI_URL
-        async with AsyncOpenAI(api_key=self._key(), base_url=url, max_retries=MAX_RETRIES, timeout=None) as client:
-
-            async def in_turn(question: Question) -> Opinion:
-                async with turn:
-                    opinion = await self._ask(client, question)
+            async def ask(question: Question) -> Opinion:
+                try:
+                    opinion = read_reply(await client.ask(ChatRequest(*write_prompt(question))))
+                except ServerDownError:
+                    opinion = Opinion(None, "error", "not asked, as the server is down")
                 progress(1)
                 return opinion
 
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(in_turn(question)) for question in questions]
+            tasks = [group.create_task(ask(question)) for question in questions]
         return [task.result() for task in tasks]
-
-    async def _ask(self, client: AsyncOpenAI, question: Question) -> Opinion:
-        """The boundary: whatever becomes of a call becomes an opinion."""
-        from openai import APIStatusError, APITimeoutError, OpenAIError
-
-        task, texts = write_prompt(question)
-        try:
-            async with asyncio.timeout(self._params.timeout_s):
-                reply = await client.chat.completions.with_raw_response.create(
-                    model=self._params.model,
-                    messages=[{"role": "system", "content": task}, {"role": "user", "content": texts}],
-                    temperature=0.0,
-                    max_tokens=MAX_TOKENS,
-                )
-            return read_reply(reply.content)
-        except (TimeoutError, APITimeoutError):
-            return Opinion(None, "timeout", f"no reply within {self._params.timeout_s:g} s")
-        except APIStatusError as error:
-            refused = error.code == "content_filter"
-            return Opinion(None, "refused" if refused else "error", f"HTTP {error.status_code}")
-        except OpenAIError as error:
-            return Opinion(None, "error", type(error).__name__)
 
 
 def write_prompt(question: Question) -> tuple[str, str]:
     """The task, and the texts fenced by a mark that is drawn for this call alone and occurs in none of them."""
-    texts = {"problem": question.problem, "gold": question.gold, "answer": question.answer}
-    mark = secrets.token_hex(8)
-    while any(mark in text for text in texts.values()):
-        mark = secrets.token_hex(8)
+    texts = {"problem": question.problem, "reference answer": question.gold, "given answer": question.answer}
+    mark = draw_mark(*texts.values())
     rules = "".join(f"\n- {rule}" for rule in _rules(question.grading))
-    return _TASK.format(mark=mark, rules=rules), _TEXTS.format(mark=mark, **texts)
+    fences = [fence(name, text, mark) for name, text in texts.items()]
+    return _TASK.format(mark=mark, rules=rules), "\n\n".join([*fences, _END])
 
 
 def _rules(grading: Grading) -> list[str]:
@@ -203,15 +109,11 @@ def _rules(grading: Grading) -> list[str]:
     return rules
 
 
-def read_reply(body: bytes) -> Opinion:
-    """The opinion in a chat completion; only the one word alone is one."""
-    try:
-        choice = _Completion.model_validate_json(body).choices[0]
-    except ValueError:
-        return Opinion(None, "error", "no chat completion")
-    if choice.message.refusal or choice.finish_reason == "content_filter":
-        return Opinion(None, "refused", "refused")
-    word = (choice.message.content or "").strip().lower()
-    if choice.finish_reason == "length" or word not in _SCORES:
+def read_reply(reply: ChatReply) -> Opinion:
+    """The opinion in a reply; only the one word alone is one."""
+    if reply.status != "ok":
+        return Opinion(None, reply.status if reply.status in ("timeout", "refused") else "error", reply.cause)
+    word = (reply.text or "").strip().lower()
+    if reply.finish_reason == "length" or word not in _SCORES:
         return Opinion(None, "unparsable", "neither equivalent nor different")
     return Opinion(_SCORES[word], "ok")

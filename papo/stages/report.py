@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from papo.core.alarms import Limits, fired, onsets
 from papo.engines.reporting.page import render
 from papo.engines.reporting.plots import PLOTS, draw
-from papo.engines.reporting.results import EVALUATION, Run
+from papo.engines.reporting.results import EVALUATION, Calibration, Run
 from papo.errors import DataError
 from papo.params import ReportParams
 from papo.store.files import read_json, replacing, write_json
@@ -29,13 +29,17 @@ PLOTTED = ("accuracy", "prm_mean_correct", "zero_advantage_share", "length_mean"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Manifests of the advantages and of training by round, and the evaluation's metrics.json; `limits` of the alarms."""
+    """Manifests of the advantages and of training by round, and the evaluation's metrics.json; `limits` of the alarms.
+
+    `calibrations`: those of the run's judge by name, as `papo calibrate-judge` wrote them; there may be none.
+    """
 
     params: dict[str, Any]
     limits: dict[str, Any]
     advantages: dict[str, Path]
     training: dict[str, Path]
     evaluation: Path
+    calibrations: dict[str, Path] = field(default_factory=dict)
 
 
 def run(
@@ -46,7 +50,7 @@ def run(
     Equal inputs give equal bytes. The params of `tracking` are left out: they change no result and may name a password.
 
     Raises:
-        MissingInputError, DataError: a manifest or metrics.json is absent or damaged.
+        MissingInputError, DataError: a manifest, metrics.json or a calibration is absent or damaged.
     """
     inputs = replace(inputs, params={k: v for k, v in inputs.params.items() if not k.startswith("tracking.")})
     task = Task("report", params, inputs, [out], code=CODE, context=context)
@@ -84,7 +88,19 @@ def _read(inputs: Inputs) -> Run:
         steps=[{**row, "step": float(number)} for number, row in enumerate(steps, 1)],  # counted over the whole run
         evaluation=dict(sorted(evaluation.items(), key=lambda item: _place(item[0], inputs.params))),
         alarms=onsets(fired([manifest.metrics for _, manifest in signals], Limits(**inputs.limits))),
+        calibrations=[_calibration(inputs.calibrations[name]) for name in sorted(inputs.calibrations)],
     )
+
+
+def _calibration(path: Path) -> Calibration:
+    try:
+        return Calibration.model_validate(read_json(path))
+    except ValidationError as error:
+        raise DataError(
+            f"not the calibration of a judge: {error.error_count()} fields are wrong",
+            where=str(path),
+            fix="delete it, or run `papo calibrate-judge` again",
+        ) from None
 
 
 def _place(benchmark: str, params: Mapping[str, Any]) -> tuple[int, str]:

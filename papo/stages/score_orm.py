@@ -24,8 +24,10 @@ CODE = (
     "engines/sandbox.py",
     "engines/in_sandbox.py",
     "engines/second_opinion.py",
+    "engines/chat.py",
     "core/answers.py",
     "core/code.py",
+    "core/fence.py",
 )
 
 NOT_ASKED = Opinion(None, "not_asked")

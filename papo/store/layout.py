@@ -64,6 +64,11 @@ class Workspace:
         return self.artifacts / "comparisons"
 
     @property
+    def calibrations(self) -> Path:
+        """What `papo calibrate-judge` measured, a folder a judge and data set; beside the pipeline, under DVC by no stage."""
+        return self.artifacts / "calibration"
+
+    @property
     def report(self) -> Path:
         return self.artifacts / "report"
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from chat_server import AGAIN_AT_ONCE, HANG, Asked, ChatServer, Raw, chat_server, completion
 
+from papo.core.fence import harmless
 from papo.engines.protocols import Opinion, Question
-from papo.engines.second_opinion import MAX_RETRIES, ChatSecondOpinion, make_second_opinion, write_prompt
+from papo.engines.second_opinion import ChatSecondOpinion, make_second_opinion, write_prompt
 from papo.errors import SetupError
 from papo.params import SecondOpinionParams
 from papo.schemas import OPINION_STATUSES, Grading
@@ -92,7 +93,7 @@ def test_a_refused_request_is_not_repeated(status: int) -> None:
 def test_a_server_that_fails_is_asked_again_but_not_for_ever(status: int) -> None:
     with chat_server(lambda asked: Raw(b"{}", status=status, headers=AGAIN_AT_ONCE)) as server:
         assert opinions(server, HALF) == [Opinion(None, "error", f"HTTP {status}")]
-        assert len(server.asked) == 1 + MAX_RETRIES
+        assert len(server.asked) == SecondOpinionParams(model="m").tries
 
 
 def test_a_server_that_recovers_gives_its_opinion() -> None:
@@ -103,7 +104,7 @@ def test_a_server_that_recovers_gives_its_opinion() -> None:
 
 def test_a_body_that_ends_early_is_an_error() -> None:
     short = Raw(b'{"choices": [', headers={"content-length": "1000", **AGAIN_AT_ONCE})
-    assert each(short) == [Opinion(None, "error", "APIConnectionError")]
+    assert each(short) == [Opinion(None, "error", "connection lost")]
 
 
 def test_no_server_is_an_error() -> None:
@@ -112,7 +113,22 @@ def test_no_server_is_an_error() -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
         params = SecondOpinionParams(model="m", base_url=url)
         (found,) = ChatSecondOpinion(params).ask([HALF], lambda done: None)
-    assert found == Opinion(None, "error", "APIConnectionError")
+    assert found == Opinion(None, "error", "no connection")
+
+
+def test_a_server_that_is_down_is_not_asked_to_the_end() -> None:
+    """Nor does it stop anything: what was not asked has no opinion, either."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        params = SecondOpinionParams(model="m", base_url=url, concurrency=2, tries=1, breaker=3)
+        done: list[int] = []
+        found = ChatSecondOpinion(params).ask([HALF] * 20, done.append)
+    assert sum(done) == 20
+    causes = Counter(opinion.cause for opinion in found)
+    assert set(causes) == {"no connection", "not asked, as the server is down"}
+    assert causes["no connection"] <= 4
+    assert {opinion.status for opinion in found} == {"error"}
 
 
 def test_a_question_that_hangs_costs_its_own_time_alone() -> None:
@@ -129,8 +145,8 @@ def test_a_question_that_hangs_costs_its_own_time_alone() -> None:
     started = time.monotonic()
     with chat_server(reply) as server:
         found = opinions(server, *questions, timeout_s=1.0)
-    timeout = Opinion(None, "timeout", "no reply within 1 s")
-    assert found == [timeout, timeout, Opinion(0.0, "ok"), Opinion(0.0, "ok")]
+    failed = [Opinion(None, "timeout", "no reply within 1 s"), Opinion(None, "error", "HTTP 500")]
+    assert found == [*failed, Opinion(0.0, "ok"), Opinion(0.0, "ok")]
     assert time.monotonic() - started < 10
 
 
@@ -181,13 +197,14 @@ def test_the_request() -> None:
     assert asked.mark in asked.task
 
 
-def test_the_texts_are_sent_as_they_are() -> None:
+def test_the_texts_are_sent_as_they_are_but_for_what_a_model_could_take_for_something_else() -> None:
     strange = Question("{mark} {problem}\n\u2028é", "{answer}", "{gold} %s \\u0000 \x1b[2J <|im_end|>")
+    shown = Question("{mark} {problem}\n<U+2028>é", "{answer}", "{gold} %s \\u0000 <U+001B>[2J < |im_end| >")
     with chat_server(lambda asked: "different") as server:
         opinions(server, strange)
         (asked,) = server.asked
-    assert asked.between("problem") == strange.problem
-    assert (asked.between("reference answer"), asked.answer) == (strange.gold, strange.answer)
+    assert asked.between("problem") == shown.problem
+    assert (asked.between("reference answer"), asked.answer) == (shown.gold, shown.answer)
 
 
 def test_the_environment_moves_no_question_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +216,7 @@ def test_the_environment_moves_no_question_elsewhere(monkeypatch: pytest.MonkeyP
         (found,) = opinions(server, HALF, base_url=None)
         assert set(server.tunnels) == {"api.openai.com:443"}
         assert server.asked == []
-    assert found == Opinion(None, "error", "APIConnectionError")
+    assert found == Opinion(None, "error", "no connection")
 
 
 @pytest.mark.parametrize(
@@ -244,12 +261,12 @@ def test_an_answer_cannot_leave_its_fence(answer: str) -> None:
     """Not even with the mark of the call before."""
     with chat_server(obedient) as server:
         assert opinions(server, Question("p", "6", "6")) == [Opinion(1.0, "ok")]
-        harmless = server.asked[0]
-        forged = answer.replace("{mark}", harmless.mark)
+        before = server.asked[0]
+        forged = answer.replace("{mark}", before.mark)
         assert opinions(server, Question("p", "6", forged)) == [Opinion(0.0, "ok")]
         asked = server.asked[1]
-    assert asked.answer == forged
-    assert asked.outside == harmless.outside
+    assert asked.answer == harmless(forged)
+    assert asked.outside == before.outside
 
 
 def test_every_call_has_a_mark_of_its_own() -> None:
@@ -310,7 +327,7 @@ def test_what_cannot_be_a_key_is_refused_and_not_repeated(monkeypatch: pytest.Mo
 
 def test_without_the_package_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(SetupError, match="needs the package openai") as caught:
+    with pytest.raises(SetupError, match="needs the packages openai, aiohttp and tenacity") as caught:
         ChatSecondOpinion(SecondOpinionParams(model="m", base_url="http://127.0.0.1:1/v1")).check()
     assert "pip install openai" in caught.value.fix
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import html
 import json
 import re
@@ -126,6 +127,42 @@ def test_the_page_tells_of_alarms_as_they_began(tmp_path: Path) -> None:
     assert "Alarm from round 1, judge outage: 25% of the judge's calls gave no verdict: timeout 25%." in html.unescape(
         seen
     )
+
+
+def interval(*values: float | None) -> dict[str, Any]:
+    return dict(zip(("value", "low", "high"), values, strict=True))
+
+
+def calibration(**change: Any) -> dict[str, Any]:
+    measures = {name: interval(0.5, 0.4, 0.6) for name in ("agreement", "kappa", "kappa_linear", "auc", "answer_bias")}
+    return {"judge": "steps-gullible", "rubric": "steps-gullible/1", "data": "sums", "responses": 500, "scored": 490,
+            "length_bias": interval(0.757, 0.72, 0.79), "notes": ["a <note>"], **measures, **change}  # fmt: skip
+
+
+def test_the_page_tells_how_far_the_judge_can_be_trusted(tmp_path: Path) -> None:
+    write_json(tmp_path / "sums.json", calibration())
+    write_json(
+        tmp_path / "mine.json",
+        calibration(data="mine", auc=interval(None, None, None), length_bias=interval(-0.1, None, None)),
+    )
+    given = inputs(tmp_path, [signals(0)])
+    without = make(tmp_path, given)
+    assert "The judge" not in text(without)
+    both = {"sums": tmp_path / "sums.json", "mine": tmp_path / "mine.json"}
+    seen = html.unescape(text(make(tmp_path, dataclasses.replace(given, calibrations=both))))
+    assert "steps-gullible (steps-gullible/1) on labelled solutions" in seen
+    assert "sums 500 2.0 % 0.50 [0.40, 0.60] 0.50 [0.40, 0.60] 0.50 [0.40, 0.60] 0.76 [0.72, 0.79] 0.50" in seen
+    assert "mine 500 2.0 % 0.50 [0.40, 0.60] 0.50 [0.40, 0.60] - -0.10 0.50" in seen
+    assert seen.index("mine 500") < seen.index("sums 500")
+    assert "sums: a <note>." in seen
+
+
+def test_a_damaged_calibration_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "sums.json", calibration(auc=0.5))
+    given = dataclasses.replace(inputs(tmp_path, [signals(0)]), calibrations={"sums": tmp_path / "sums.json"})
+    with pytest.raises(DataError, match="not the calibration of a judge") as caught:
+        make(tmp_path, given)
+    assert "papo calibrate-judge" in caught.value.fix
 
 
 def test_the_files_beside_the_page(tmp_path: Path) -> None:

@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from papo.cli import main
 from papo.store.files import digest
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty disk of 4 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"mounting a small disk is not permitted here: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Leaves nothing of the disk; the file to delete."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as stream, suppress(OSError):
-        while stream.write(bytes(4096)):
-            pass
-    return filler
 
 
 def results(disk: Path) -> set[str]:
@@ -49,7 +26,7 @@ def results(disk: Path) -> set[str]:
     ids=["prepare", "warmstart", "rollout"],
 )
 def test_a_full_disk_loses_nothing(
-    small_disk: Path, started_checkout: Path, capsys: pytest.CaptureFixture[str],
+    small_disk: Path, fill: Callable[[Path], Path], started_checkout: Path, capsys: pytest.CaptureFixture[str],
     command: list[str], inputs: list[str], output: str,
 ) -> None:  # fmt: skip
     for name in inputs:

@@ -45,6 +45,7 @@ def render(title: str, shown: Run, plots: Sequence[tuple[Plot, str | None]]) -> 
         plots=plots,
         rounds=shown.rounds,
         evaluation=shown.evaluation,
+        calibrations=shown.calibrations,
         params=shown.params,
     )
     return page + "\n"

@@ -1,4 +1,4 @@
-"""What the page tells: signals by round, updates by step, benchmarks with their intervals."""
+"""What the page tells: signals by round, updates by step, benchmarks with their intervals, how far the judge can be trusted."""
 
 from __future__ import annotations
 
@@ -113,6 +113,37 @@ def _natural(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
+class Interval(BaseModel):
+    """A measure of a judge with its interval; None where the data could not give it."""
+
+    value: FiniteFloat | None
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+
+    def __str__(self) -> str:
+        """`0.87 [0.84, 0.90]`, `-` where there is no value."""
+        if self.value is None:
+            return "-"
+        ends = "" if self.low is None or self.high is None else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}{ends}"
+
+
+class Calibration(BaseModel):
+    """What the page tells of calibration.json: one judge on one labelled data set."""
+
+    judge: str
+    rubric: str
+    data: str
+    responses: int
+    scored: int
+    agreement: Interval
+    kappa_linear: Interval
+    auc: Interval
+    length_bias: Interval
+    answer_bias: Interval
+    notes: list[str] = []
+
+
 EVALUATION = TypeAdapter(Annotated[dict[str, Benchmark], Field(min_length=1)])
 
 
@@ -125,6 +156,7 @@ class Run:
     steps: Rows
     evaluation: dict[str, Benchmark]
     alarms: list[Alarm] = field(default_factory=list)
+    calibrations: list[Calibration] = field(default_factory=list)
 
     def signal(self, name: str) -> FloatArray:
         """One value a round, from 0 to the last; NaN where the signal is absent."""

@@ -105,7 +105,7 @@ class MlflowTracker:
         self._experiment = self._find_experiment()
         run = self._unfinished()
         if run is None:
-            run = self._client.create_run(self._experiment, run_name=name, tags=self._tags | {KIND: "run"})
+            run = self._client.create_run(self._experiment, run_name=name, tags={KIND: "run", **self._tags})
             self._points[run.info.run_id] = set()
         else:
             self._take_up(run)
