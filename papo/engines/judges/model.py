@@ -48,14 +48,15 @@ class Purpose:
 
     Args:
         run: name of the run that pays; a stage that is started again goes on with the name.
+        round: -1 outside of rounds.
         warn: told of damage to the store.
         trace: told of every call, with what was sent and what came.
     """
 
     store: Path
-    run: str = ""
-    round: int = 0
-    variant: str = ""
+    run: str = "no run"
+    round: int = -1
+    variant: str = "none"
     warn: Callable[[str], None] = lambda message: None
     trace: Callable[[Mapping[str, Any]], None] = lambda call: None
 
@@ -186,7 +187,7 @@ class ModelJudge:
             "calls_failed": spent.failed,
             "prompt_tokens": spent.prompt_tokens,
             "completion_tokens": spent.completion_tokens,
-            "cost": spent.cost if price else None,
+            "cost": (spent.cost or 0.0) if price else None,
             "cached_share": sum(cached) / len(uses) if uses else None,
             "cache_tokens": sum(count for count, is_cached in zip(tokens, cached, strict=True) if is_cached),
             "cache_saved": math.fsum(c for c, is_cached in zip(costs, cached, strict=True) if is_cached)
