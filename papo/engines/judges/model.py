@@ -108,9 +108,11 @@ class ModelJudge:
     def check(self) -> None:
         """
         Raises:
-            SetupError: a package is not installed, or there is no key, or it cannot be one.
+            SetupError: a package is not installed, or there is no key, or it cannot be one; or the store cannot be written.
+            UserError: what is named as the store is none.
         """
         self._client.check()
+        VerdictStore.open(self._purpose.store, warn=self._purpose.warn).close()
 
     def versions(self) -> dict[str, str]:
         return {"openai": metadata.version("openai")}
@@ -119,7 +121,7 @@ class ModelJudge:
         """One judgement an item, in order.
 
         Raises:
-            SetupError: as `check`; no server and no key is needed where all is stored.
+            SetupError, UserError: as `check`; no server and no key is needed where all is stored.
             ServerDownError: the server does not answer; started again, the judge goes on where it was.
             BudgetError: a further call could cost more than is left.
         """
