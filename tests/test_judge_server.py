@@ -15,6 +15,8 @@ import psutil
 import pytest
 from servers.vllm import free_port
 
+from papo.params import load_params
+
 ROOT = Path(__file__).parents[1]
 STAND_IN = """\
 #!{python}
@@ -95,6 +97,15 @@ def test_the_default_judge_is_started_by_its_revision_and_ends_with_the_script(s
     assert not psutil.pid_exists(given["pid"])
 
 
+def test_the_preset_asks_the_server_that_the_script_starts() -> None:
+    params = load_params(ROOT / "params.yaml", preset=ROOT / "infra/presets/judge-gpt-oss-20b.yaml").score_prm
+    assert params.model is not None
+    assert (params.judge, params.model.model) == ("model", "gpt-oss-20b")
+    assert params.model.base_url == "http://localhost:8000/v1"
+    assert "port=${PORT:-8000}" in (ROOT / "infra/judge/serve").read_text()
+    assert params.model.max_tokens < 16384
+
+
 def test_variables_change_what_is_started(start: Start, told: Path, tmp_path: Path) -> None:
     settings = {
         "MODEL": str(tmp_path),
@@ -102,7 +113,7 @@ def test_variables_change_what_is_started(start: Start, told: Path, tmp_path: Pa
         "GPU_SHARE": "0.5",
         "VLLM_SYSTEM_START_DATE": "2020-02-02",
     }
-    script = start("gpt-oss-20b", PORT=str(free_port()), **settings)
+    script = start("gpt-oss-20b", "--tensor-parallel-size", "2", PORT=str(free_port()), **settings)
     assert script.stdout is not None
     assert script.stdout.readline()
     given = json.loads(told.read_text())
@@ -110,6 +121,7 @@ def test_variables_change_what_is_started(start: Start, told: Path, tmp_path: Pa
     assert "--revision" not in given["flags"]  # a folder has none
     after = dict(itertools.pairwise(given["flags"]))
     assert (after["--max-model-len"], after["--gpu-memory-utilization"]) == ("9", "0.5")
+    assert given["flags"][-2:] == ["--tensor-parallel-size", "2"]
     assert given["env"]["VLLM_SYSTEM_START_DATE"] == "2020-02-02"
 
 
@@ -144,5 +156,5 @@ def test_an_unknown_judge_is_refused(start: Start, told: Path, arguments: tuple[
     _, said = script.communicate(timeout=30)
     assert script.returncode == 2
     assert said.startswith("usage: ")
-    assert said.endswith("gpt-oss-20b | smollm2-135m\n")
+    assert said.endswith("gpt-oss-20b|smollm2-135m [FLAG...]\n")
     assert not told.exists()

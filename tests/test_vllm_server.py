@@ -106,7 +106,7 @@ def test_it_is_gone_after_a_test_that_was_killed(model: Path, stand_in: Callable
         "import os, signal, pathlib; from servers import vllm; vllm.GENTLY_S = 0.5\n"
         f"with vllm.vllm_server(pathlib.Path({str(model)!r})): os.kill(os.getpid(), signal.SIGKILL)"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", killed], env=environment, capture_output=True, check=False)
     assert done.returncode == -9, done.stderr
     until = time.monotonic() + 30
