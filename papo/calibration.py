@@ -24,11 +24,12 @@ from papo.core.calibration import (
     nearest_level,
     partial_correlation,
     partial_slope,
-    vote_agreement,
 )
 from papo.core.credit import split_steps
 from papo.core.groups import IndexArray
-from papo.engines.judges import make_judge
+from papo.core.votes import vote_agreement
+from papo.engines.judges import make_judge, store_of
+from papo.engines.judges.model import Purpose
 from papo.engines.labelled import Labelled, LabelledSet, labelled_set
 from papo.engines.protocols import Judge, JudgeItem, Judgement, Tracker
 from papo.engines.reporting.results import Calibration
@@ -84,7 +85,8 @@ def calibrate(
         StageError: the judge gave another number of judgements than it was asked for.
     """
     labelled = labelled_set(data, columns=columns, limit=limit, seed=params.run.seed)
-    judge = make_judge(params.score_prm)
+    judge = _judge(params, workspace, context)
+    judge.check()
     items = [JudgeItem(one.problem, one.reference, one.response) for one in labelled.responses]
     started = time.monotonic()
     with context.progress("calibrate", len(items)) as progress:
@@ -102,6 +104,12 @@ def calibrate(
     if tracker is not None:
         _record(params, tracker, folder, found)
     return folder, found
+
+
+def _judge(params: Params, workspace: Workspace, context: Context) -> Judge:
+    """The judge of the params; what a paid one costs is on an account of its own."""
+    store, run = store_of(params.score_prm, workspace), f"calibrate-judge {workspace.root.resolve()}"
+    return make_judge(params.score_prm, Purpose(store, run, variant="calibration", warn=context.warn))
 
 
 def summarise(

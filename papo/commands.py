@@ -25,6 +25,7 @@ from papo.console import (
     warn,
 )
 from papo.dvcfile import DVC_FILE, render
+from papo.engines.judges import store_of
 from papo.engines.tracking import make_tracker
 from papo.engines.versioning import Dvc
 from papo.errors import UserError
@@ -35,7 +36,7 @@ from papo.session import Session, Summary, share_start
 from papo.store.files import read_json
 from papo.store.layout import Workspace
 from papo.store.lock import exclusive
-from papo.store.verdicts import VerdictStore, default_store, verify_store
+from papo.store.verdicts import VerdictStore, verify_store
 
 
 def dispatch(options: argparse.Namespace) -> int:
@@ -53,7 +54,7 @@ def dispatch(options: argparse.Namespace) -> int:
         show_alarms(*signals_and_alarms(params.alarms, workspace))
         return 0
     if options.command == "judge-cache":
-        return judge_cache(options.store or default_store(workspace), options.action, options.file)
+        return judge_cache(options.store or store_of(params.score_prm, workspace), options.action, options.file)
     if options.command == "explain":
         show_explained(explain_problem(workspace, options.problem_id, round_=options.round), text=options.text)
         return 0

@@ -14,7 +14,7 @@ from papo.stages.warmstart import local_checkpoint
 DVC_FILE = Path("dvc.yaml")
 HEADER = """\
 # Written by `papo dvc` from params.yaml: run it after changing run.rounds, evaluate.benchmarks,
-# or a source or checkpoint on this machine.
+# or a source, a checkpoint or a rubric on this machine.
 """
 PLOTS = {
     "accuracy and judge's score": ["accuracy", "prm_mean_correct"],
@@ -45,6 +45,8 @@ def render(params: Params) -> str:
     problems = "data/problems/train.parquet"
     rollouts, orm, prm, advantages = (f"{round_}/{name}.parquet" for name in ("rollouts", "orm", "prm", "advantages"))
     checkpoint = [str(path)] if (path := local_checkpoint(params.warmstart)) else []
+    judge = params.score_prm
+    rubric = [judge.rubric] if judge.judge == "model" and Path(judge.rubric).is_file() else []
     files = {
         "prepare": (sorted(local_files(params.prepare)), ["data/problems", "data/problems.manifest.json"]),
         "warmstart": (
@@ -53,7 +55,7 @@ def render(params: Params) -> str:
         ),
         "rollout": ([problems, "${item.policy}"], _with_manifest(rollouts)),
         "score_orm": ([problems, rollouts], _with_manifest(orm)),
-        "score_prm": ([problems, rollouts, orm], _with_manifest(prm)),
+        "score_prm": ([problems, rollouts, orm, *rubric], _with_manifest(prm)),
         # CAPO finds the tokens of a step with the policy's tokenizer, which is that of the warm start.
         "advantage": ([rollouts, orm, prm, "artifacts/warmstart"], _with_manifest(advantages)),
         "train": (

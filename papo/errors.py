@@ -11,7 +11,8 @@
     │   └── SetupError            git, DVC, disk, a missing optional dependency
     └── StageError                exit 1: the stage ran and could not finish
         ├── FailedRowsError       more rows failed than the stage allows
-        └── ServerDownError       a server that the stage asks does not answer; the stage can be started again
+        ├── ServerDownError       a server that the stage asks does not answer; the stage can be started again
+        └── BudgetError           the stage has spent what it may
 
 Every message answers three questions: what is wrong, where, and what to do about it.
 """
@@ -94,3 +95,7 @@ class FailedRowsError(StageError):
 
 class ServerDownError(StageError):
     """A server that the stage asks does not answer; started again later, the stage goes on with what it has."""
+
+
+class BudgetError(StageError):
+    """The next call could cost more than is left; what was paid for is kept."""

@@ -378,16 +378,58 @@ class ScoreOrmParams(_Section):
     max_failed_share: Share = 0.05
 
 
-class ScorePrmParams(_Section):
-    """Process: how good is the reasoning?"""
+class Price(_Section):
+    """Of a million tokens, in any currency."""
 
-    judge: Literal["steps", "steps-gullible", "readability"] = "steps"
+    prompt: float = Field(ge=0.0)
+    completion: float = Field(ge=0.0)
+
+
+class ScorePrmParams(_Section):
+    """Process: how good is the reasoning? From `model` to `budget` the keys are for judge `model`."""
+
+    judge: Literal["steps", "steps-gullible", "readability", "model"] = "steps"
+    model: ChatParams | None = None
+    rubric: str = Field("levels", min_length=1, description="One of papo/rubrics/ by name, or a file.")
+    votes: int = Field(1, ge=1, le=64, description="How often the model is asked about a response.")
+    vote: Literal["median", "majority", "mean"] = Field("median", description="How several votes are combined.")
+    store: str | None = Field(
+        None, min_length=1, description="File of the store of verdicts; null: .papo/verdicts.sqlite."
+    )
+    prices: dict[str, Price] = Field(default_factory=dict, description="By model.")
+    budget: float | None = Field(None, gt=0.0, description="What a run may spend on its judge; null: no limit.")
     max_failed_share: Share = 0.2
     max_length_bias: Share = Field(
         0.3,
         description="Correlation of score and length among equally good responses, as `papo calibrate-judge` measures it, above which a "
         "run warns of its judge.",
     )
+
+    @model_validator(mode="after")
+    def _askable(self) -> ScorePrmParams:
+        if self.judge != "model":
+            return self
+        if self.model is None:
+            raise ValueError("judge model needs to know which: set model, such as {model: gpt-oss-20b, base_url: ...}")
+        if self.votes > 1 and self.model.temperature == 0.0:
+            raise ValueError(f"votes {self.votes} at temperature 0 would repeat one vote; set model.temperature")
+        if self.budget is not None and self.model.model not in self.prices:
+            raise ValueError(f"budget needs to know what a call costs: set prices.{self.model.model}")
+        return self
+
+    @property
+    def price(self) -> Price | None:
+        """Of the model."""
+        return self.prices.get(self.model.model) if self.model is not None else None
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """Those that decide what a response is worth; the others say how it is found out, how fast, and what it may cost."""
+        if self.judge != "model":
+            return self.model_dump(mode="json", include={"judge", "max_failed_share"})
+        asked = {"model", "temperature", "max_tokens"}
+        kept = {"judge", "rubric", "votes", "vote", "max_failed_share"}
+        return self.model_dump(mode="json", include={**dict.fromkeys(kept, True), "model": asked})
 
 
 class AdvantageParams(_Section):

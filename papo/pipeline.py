@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -11,13 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from papo.calibration import calibrations
+from papo.engines.protocols import Judge
 from papo.errors import MissingInputError, ParamsError
-from papo.params import Params, defined_benchmarks, with_values
+from papo.params import Params, defined_benchmarks, to_json, with_values
 from papo.schemas import EVALUATION, PROBLEMS
 from papo.stages import advantage, evaluate, prepare, report, rollout, score_orm, score_prm, train, warmstart
 from papo.store.files import read_json
 from papo.store.layout import Workspace
-from papo.store.manifest import Context, Manifest
+from papo.store.manifest import Context, Manifest, code_digest
 from papo.store.tables import read_columns, read_rows, write_rows
 
 T = TypeVar("T")
@@ -59,6 +62,14 @@ def steps(params: Params) -> Iterator[Step]:
     for round_ in range(params.run.rounds):
         yield from (Step(stage, round_) for stage in ROUND_STAGES)
     yield from (Step("evaluate"), Step("report"))
+
+
+def lineage(params: Params) -> str:
+    """Twelve hex digits that name what a run is a run of: its params that decide results, and the code of every stage."""
+    sections = {name: json.loads(to_json(getattr(params, name))) for name in Params.model_fields if name != "tracking"}
+    sections["score_prm"] = params.score_prm.deciding
+    identity = {"params": sections, "code": {stage: code_digest(CODE[stage]) for stage in CODE}}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run_step(step: Step, params: Params, workspace: Workspace, context: Context) -> Manifest:
@@ -144,18 +155,40 @@ def _score_orm(params: Params, workspace: Workspace, context: Context, round_: i
 
 
 def _score_prm(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
-    from papo.engines.judges import make_judge
-
+    variant = params.advantage.variant
+    engine = _judge(params, workspace, context, round_=round_, variant=variant)
     inputs = score_prm.Inputs(
         round=round_,
-        variant=params.advantage.variant,
+        variant=variant,
         rollouts=workspace.table(round_, "rollouts"),
         orm=workspace.table(round_, "orm"),
         problems=workspace.train_problems,
+        rubric=engine.digest,
     )
-    engine = make_judge(params.score_prm)
     out = workspace.table(round_, "prm")
     return score_prm.run(params.score_prm, _there(inputs, workspace), out, engine=engine, context=context)
+
+
+def _judge(params: Params, workspace: Workspace, context: Context, *, round_: int, variant: str) -> Judge:
+    """The judge of the params, with the store of this workspace, on the account of this run."""
+    from papo.engines.judges import make_judge, store_of
+    from papo.engines.judges.model import Purpose
+
+    if params.score_prm.judge != "model":
+        return make_judge(params.score_prm)
+    run = f"{lineage(params)} {workspace.root.resolve()}"
+    store = store_of(params.score_prm, workspace)
+    return make_judge(params.score_prm, Purpose(store, run, round_, variant, warn=context.warn, trace=context.trace))
+
+
+def check_judge(params: Params, workspace: Workspace, context: Context) -> None:
+    """For the start of a run, hours before its judge is asked.
+
+    Raises:
+        ParamsError, SetupError: the judge that its variant asks cannot be asked here.
+    """
+    if params.advantage.variant != "orm":
+        _judge(params, workspace, context, round_=0, variant=params.advantage.variant).check()
 
 
 def _advantage(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:

@@ -14,9 +14,11 @@ KEY = ("round", "problem_id", "sample_index")
 # What can happen to a row. A status never stands for a number: where it is not `ok`, the score is null.
 OK = "ok"
 ORM_STATUSES = ("ok", "no_answer", "unparsable_gold", "timeout", "error")
-PRM_STATUSES = ("ok", "not_asked", "timeout", "refused", "unparsable", "error")
+PRM_STATUSES = ("ok", "not_asked", "timeout", "refused", "unparsable", "too_long", "rate_limited", "error")
 OPINION_STATUSES = ("ok", "not_asked", "timeout", "refused", "unparsable", "error")
-FAILED_STATUSES = frozenset({"unparsable_gold", "timeout", "refused", "unparsable", "error"})
+FAILED_STATUSES = frozenset(
+    {"unparsable_gold", "timeout", "refused", "unparsable", "too_long", "rate_limited", "error"}
+)
 
 
 class Grading(BaseModel):

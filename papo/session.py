@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -21,12 +19,12 @@ from papo.calibration import length_warnings
 from papo.core.alarms import ALARMS, Alarm, Limits, alarms, onsets
 from papo.engines.protocols import Tracker
 from papo.engines.versioning import Dvc, git_commit
-from papo.params import Params, to_json
-from papo.pipeline import CODE, Step, final_round, run_step
+from papo.params import Params
+from papo.pipeline import Step, check_judge, final_round, lineage, run_step
 from papo.store.files import digest, read_json
 from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
-from papo.store.manifest import Context, Manifest, code_digest
+from papo.store.manifest import Context, Manifest
 
 # What counts as work when the overhead of a run is stated: policy, verifier and judge.
 WORK = ("warmstart", "rollout", "score_orm", "score_prm", "train", "evaluate")
@@ -90,6 +88,7 @@ class Session:
             self._dvc.check()
         self._lock.__enter__()
         try:
+            check_judge(self.params, self.workspace, self.context)
             for line in length_warnings(self.params, self.workspace):
                 self.context.warn(line)
             if not self._recorded.is_file() or self._recorded.read_text() != self._record_name:
@@ -207,13 +206,6 @@ class Session:
             self._recorded.write_text(self._record_name)
         self._finished = True
         return summary
-
-
-def lineage(params: Params) -> str:
-    """Twelve hex digits that name what a run is a run of: its params, but for tracking, and the code of every stage."""
-    identity = {"params": json.loads(to_json(params)), "code": {stage: code_digest(CODE[stage]) for stage in CODE}}
-    del identity["params"]["tracking"]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def share_start(source: Workspace, target: Workspace) -> None:

@@ -63,7 +63,7 @@ def judged(
     """(what the judge says of an item, rows of the data or none for sums) -> what was found."""
 
     def run(say: Callable[[JudgeItem], Judgement], *rows: dict[str, Any], **given: Any) -> dict[str, Any]:
-        monkeypatch.setattr(papo.calibration, "make_judge", lambda params: FakeJudge(say))
+        monkeypatch.setattr(papo.calibration, "make_judge", lambda params, purpose=None: FakeJudge(say))
         data = tmp_path / "mine.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return calibrate(Params(), workspace, context, data=str(data) if rows else "sums", **given)[1]
@@ -232,7 +232,7 @@ def test_a_judge_that_leaves_one_out_is_refused(
         def judge(self, items: Sequence[JudgeItem], progress: Progress) -> list[Judgement]:
             return super().judge(items, progress)[1:]
 
-    monkeypatch.setattr(papo.calibration, "make_judge", lambda params: Lazy(lambda item: ok(1.0)))
+    monkeypatch.setattr(papo.calibration, "make_judge", lambda params, purpose=None: Lazy(lambda item: ok(1.0)))
     with pytest.raises(StageError, match="499 judgements for 500 responses"):
         calibrate(Params(), workspace, context, data="sums")
     assert not workspace.calibrations.exists()

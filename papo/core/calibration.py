@@ -154,19 +154,6 @@ def partial_slope(scores: npt.ArrayLike, other: npt.ArrayLike, labels: IndexArra
     return 0.0 if ds is None else float(ds @ dx) / math.sqrt(float(dx @ dx) * dx.size)
 
 
-def vote_agreement(votes: Iterable[Sequence[float]]) -> float | None:
-    """Mean, over the responses with two votes or more, of the share of pairs of their votes that are equal; None without any.
-
-    P = mean_i #{j < k: v_ij = v_ik} / (n_i (n_i - 1) / 2)
-    """
-    shares = []
-    for ballot in votes:
-        if len(ballot) > 1:
-            pairs = list(combinations(ballot, 2))
-            shares.append(sum(a == b for a, b in pairs) / len(pairs))
-    return float(np.mean(shares)) if shares else None
-
-
 def krippendorff_alpha(votes: Iterable[Sequence[float]]) -> float | None:
     """Krippendorff's alpha of the votes as numbers: 1 for equal votes on every response, 0 for no more alike than votes on different ones.
 

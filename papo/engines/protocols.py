@@ -134,13 +134,22 @@ class Judgement:
 
 
 class Judge(Protocol):
-    """Scores the reasoning of a response by a rubric."""
+    """Scores the reasoning of a response by a rubric; `digest` of what the code alone does not decide, "" if there is no such thing."""
 
     name: str
     rubric: str
+    digest: str
+
+    def check(self) -> None:
+        """Raises SetupError where this machine lacks what it takes to judge."""
+        ...
 
     def judge(self, items: Sequence[JudgeItem], progress: Progress) -> list[Judgement]:
         """One judgement an item, in order."""
+        ...
+
+    def metrics(self, not_asked: int) -> dict[str, float]:
+        """What the last `judge` cost, and what it would have cost to ask about so many more responses; empty where nothing is paid."""
         ...
 
     def versions(self) -> dict[str, str]: ...

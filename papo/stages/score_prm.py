@@ -18,12 +18,17 @@ CODE = (
     "stages/score_prm.py",
     "stages/rows.py",
     "engines/judges",
+    "engines/chat.py",
+    "rubrics",
     "core/advantages.py",
     "core/code.py",
     "core/credit.py",
+    "core/fence.py",
     "core/groups.py",
     "core/readability.py",
+    "core/replies.py",
     "core/steps.py",
+    "core/votes.py",
 )
 
 NOT_ASKED = Judgement(None, "not_asked", "the variant does not use this score")
@@ -31,13 +36,14 @@ NOT_ASKED = Judgement(None, "not_asked", "the variant does not use this score")
 
 @dataclass(frozen=True)
 class Inputs:
-    """`variant` decides which responses the judge is asked about."""
+    """`variant` decides which responses the judge is asked about; `rubric`: digest of what the judge goes by, beside the code."""
 
     round: int
     variant: Variant
     rollouts: Path
     orm: Path
     problems: Path
+    rubric: str = ""
 
 
 def run(params: ScorePrmParams, inputs: Inputs, out: Path, *, engine: Judge, context: Context = Context()) -> Manifest:
@@ -45,8 +51,9 @@ def run(params: ScorePrmParams, inputs: Inputs, out: Path, *, engine: Judge, con
 
     Raises:
         FailedRowsError: more than `max_failed_share` of the rows that were asked about have no score.
+        SetupError, ServerDownError, BudgetError: of a judge that is paid; what it was paid for is kept, and found by the next try.
     """
-    task = Task("score_prm", params, inputs, [out], code=CODE, context=context)
+    task = Task("score_prm", params.deciding, inputs, [out], code=CODE, context=context)
     if done := task.done():
         return done
     rollouts = read_columns(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "prompt", "completion")
@@ -88,5 +95,5 @@ def run(params: ScorePrmParams, inputs: Inputs, out: Path, *, engine: Judge, con
         for row, judgement in zip(rollouts, judgements, strict=True)
     ]
     write_rows(out, PRM, rows)
-    metrics = {"asked_share": len(items) / len(rollouts)}
+    metrics = {"asked_share": len(items) / len(rollouts), **engine.metrics(len(rollouts) - len(items))}
     return task.finish(rows=len(rows), counts=statuses, metrics=metrics, versions=engine.versions())

@@ -84,6 +84,7 @@ class Context:
     begin: Callable[[str], None] = lambda stage: None
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _no_progress
     warn: Callable[[str], None] = lambda message: None
+    trace: Callable[[Mapping[str, Any]], None] = lambda call: None
 
 
 class Task:

@@ -71,7 +71,12 @@ def verdict_parts(model: str, rubric: str, prompt: str, sampling: Mapping[str, A
 
 def verdict_key(model: str, rubric: str, prompt: str, sampling: Mapping[str, Any], vote: int) -> str:
     """SHA-256 of `verdict_parts`, in hex."""
-    return _sha256(verdict_parts(model, rubric, prompt, sampling, vote))
+    return parts_key(verdict_parts(model, rubric, prompt, sampling, vote))
+
+
+def parts_key(parts: str) -> str:
+    """The key of `verdict_parts`."""
+    return _sha256(parts)
 
 
 NAMES = tuple(item.name for item in fields(StoredVerdict))

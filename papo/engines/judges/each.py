@@ -12,6 +12,10 @@ class EachItem:
 
     name: str
     rubric: str
+    digest = ""
+
+    def check(self) -> None:
+        """Nothing is needed."""
 
     def judge(self, items: Sequence[JudgeItem], progress: Progress) -> list[Judgement]:
         """One judgement an item, in order; those that are not `ok` are `unparsable`: the problem is none that this judge reads."""
@@ -20,6 +24,9 @@ class EachItem:
             judgements.append(self._judge(item))
             progress(1)
         return judgements
+
+    def metrics(self, not_asked: int) -> dict[str, float]:
+        return {}
 
     def versions(self) -> dict[str, str]:
         """None: the rubric carries the version."""
