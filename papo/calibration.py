@@ -86,7 +86,6 @@ def calibrate(
     """
     labelled = labelled_set(data, columns=columns, limit=limit, seed=params.run.seed)
     judge = _judge(params, workspace, context)
-    judge.check()
     items = [JudgeItem(one.problem, one.reference, one.response) for one in labelled.responses]
     started = time.monotonic()
     with context.progress("calibrate", len(items)) as progress:

@@ -209,7 +209,7 @@ def judge_cache(store: Path, action: str, out: Path | None) -> int:
         return show_verified(verify_store(store), store)
     with VerdictStore.open(store, read_only=True, warn=warn) as verdicts:
         if out is None:
-            show_stored(verdicts.stats())
+            show_stored(verdicts.stats(), verdicts.spent_by_run())
         else:
             log.info("%s: %d verdicts", out, verdicts.export(out))
     return 0

@@ -6,7 +6,7 @@ import logging
 import math
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from papo.engines.policy import import_libraries
 from papo.inspection import Explained, Rederivation, Response
 from papo.session import Summary
 from papo.store.manifest import Context
-from papo.store.verdicts import StoreStats, Verified
+from papo.store.verdicts import Spent, StoreStats, Verified
 
 # Columns that are no numbers.
 WORDS = (
@@ -42,6 +42,7 @@ WORDS = (
     "variant",
     "model",
     "rubric",
+    "run",
 )
 MEANING = {
     "agreement": "score and label are of one level",
@@ -107,13 +108,16 @@ def _lines(description: str, total: int) -> Iterator[Callable[[int], None]]:
     log.info("%s %d/%d in %.1f s (%.1f/s)", description, count, total, seconds, count / max(seconds, 1e-9))
 
 
-def show_stored(stats: StoreStats) -> None:
-    """What the store of verdicts holds, on standard output."""
+def show_stored(stats: StoreStats, spent: Sequence[tuple[str, str, Spent]]) -> None:
+    """What the store of verdicts holds, and what each run paid, on standard output."""
     out = _output()
     if stats.by:
         out.print(_table(stored_rows(stats)))
     where = f"{stats.path}: {stats.size_bytes / 1e6:,.1f} MB, {sum(one.verdicts for one in stats.by):,} verdicts"
     out.print(f"{where}, {stats.claims:,} being asked for", markup=False, highlight=False, soft_wrap=True)
+    if spent:
+        out.print("Paid calls by run", highlight=False)
+        out.print(_table(spent_rows(spent)))
 
 
 def stored_rows(stats: StoreStats) -> list[dict[str, str]]:
@@ -132,13 +136,33 @@ def stored_rows(stats: StoreStats) -> list[dict[str, str]]:
     ]
 
 
+def spent_rows(spent: Sequence[tuple[str, str, Spent]]) -> list[dict[str, str]]:
+    return [
+        {
+            "run": escape(_printable(_middle_cut(run))),
+            "variant": escape(_printable(variant)),
+            "calls": f"{one.calls:,}",
+            "failed": f"{one.failed:,}",
+            "tokens in": f"{one.prompt_tokens:,}",
+            "tokens out": f"{one.completion_tokens:,}",
+            "cost": "" if one.cost is None else f"{one.cost:,.2f}" if one.cost >= 100 else f"{one.cost:.4g}",
+        }
+        for run, variant, one in spent
+    ]
+
+
+def _middle_cut(name: str) -> str:
+    """Names of runs that begin, or end, alike stay apart."""
+    return name if len(name) <= 24 else f"{name[:12]}…{name[-10:]}"
+
+
 def show_verified(verified: Verified, store: Path) -> int:
     """Every damage, a line each, on standard output; the exit code."""
     out = _output()
     for line in verified.damage:
         out.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
     found = f"damages: {len(verified.damage)}" if verified.damage else "all is whole"
-    keys = f"{verified.recomputed:,} keys computed anew"
+    keys = f"{verified.recomputed:,} keys computed anew, {verified.calls:,} paid calls"
     out.print(
         f"{store}: {verified.verdicts:,} verdicts, {keys}, {found}", markup=False, highlight=False, soft_wrap=True
     )

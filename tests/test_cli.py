@@ -25,7 +25,7 @@ from papo.store.layout import Workspace
 from papo.store.lock import exclusive
 from papo.store.manifest import Manifest
 from papo.store.tables import read_columns, read_rows, write_rows
-from papo.store.verdicts import StoredVerdict, VerdictStore, default_store
+from papo.store.verdicts import PaidCall, StoredVerdict, VerdictStore, default_store
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -428,19 +428,29 @@ def test_stored_verdicts_are_counted_copied_and_verified(checkout: Path, capsys:
             store.put(StoredVerdict(f"{number:064x}", "judge-7b", "levels/1", "1.0", "stop", 1000, 50, 2.0, 1.7e9))
     assert main(["judge-cache", "stats"]) == 0
     shown = capsys.readouterr().out
+    assert "Paid calls" not in shown
     assert re.search(r"judge-7b .* levels/1 .* 3 .* 3,000 .* 150 .* 2.00 .* 2023-11-1\d", shown)
     assert "3 verdicts, 0 being asked for" in shown
+    with VerdictStore.open(default_store(Workspace(Path()))) as store:
+        for run, cost in (("a" * 30 + "0123456789" + "[/b]", 1234.5), ("nightly", None)):
+            call = ("papo", "f" * 64, "judge-7b", "levels/1", "unparsable", 2, 1800, 100, cost, 2.0)
+            store.charge(PaidCall(run, 0, *call))
+    assert main(["judge-cache", "stats"]) == 0
+    shown = capsys.readouterr().out
+    first, second = re.findall(r"^.* papo .*$", shown.partition("Paid calls by run")[2], re.MULTILINE)
+    assert re.search(r" aaaaaaaaaaaa…456789\[/b\] .* papo .* 1 .* 1 .* 1,800 .* 100 .* 1,234.50 ", first)
+    assert re.search(r" nightly .* papo .* 1 .* 1 .* 1,800 .* 100 \W+$", second)
     assert main(["judge-cache", "export", "out.parquet", "--workspace", "runs/other"]) == 0
     assert len(read_rows(Path("out.parquet"), VERDICTS)) == 3
     assert main(["judge-cache", "verify"]) == 0
-    assert "3 verdicts, 0 keys computed anew, all is whole" in capsys.readouterr().out
+    assert "3 verdicts, 0 keys computed anew, 2 paid calls, all is whole" in capsys.readouterr().out
 
     path = default_store(Workspace(Path()))
     path.write_bytes(path.read_bytes().replace(b"judge-7b", b"judge-9b", 1))
     assert main(["judge-cache", "verify", "--store", str(path)]) == 1
     shown = capsys.readouterr().out
     assert re.search(r"^row \d, verdict 0{12}: its digest is not that of its content$", shown, re.MULTILINE)
-    assert "3 verdicts, 0 keys computed anew, damages: 1" in shown
+    assert "3 verdicts, 0 keys computed anew, 2 paid calls, damages: 1" in shown
     path.write_text("no database")
     assert main(["judge-cache", "verify"]) == 1
     assert main(["judge-cache", "stats"]) == 2

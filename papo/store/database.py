@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 from filelock import FileLock, Timeout
@@ -87,7 +87,8 @@ class Database:
 
     def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """`work` on one state of the file, whatever others write meanwhile."""
-        return self._run(work, "BEGIN", "NORMAL")
+        # Not COMMIT: that fails once a damaged page was met, though `work` may have caught the error.
+        return self._run(work, ("BEGIN", "ROLLBACK"), "NORMAL")
 
     def write(self, work: Callable[[sqlite3.Connection], T], *, durable: bool) -> T:
         """`work` in one transaction: done as a whole or not at all, however this process ends.
@@ -95,9 +96,9 @@ class Database:
         Args:
             durable: what was written also outlives the machine's losing power, at the price of waiting for the disk.
         """
-        return self._run(work, "BEGIN IMMEDIATE", "FULL" if durable else "NORMAL")
+        return self._run(work, ("BEGIN IMMEDIATE", "COMMIT"), "FULL" if durable else "NORMAL")
 
-    def _run(self, work: Callable[[sqlite3.Connection], T], begin: str, synchronous: str) -> T:
+    def _run(self, work: Callable[[sqlite3.Connection], T], bounds: tuple[str, str], synchronous: str) -> T:
         with self._turn:
             if self._closed:
                 raise RuntimeError(f"{self.path} was closed")
@@ -105,23 +106,23 @@ class Database:
                 self._open()
             try:
                 try:
-                    return self._transaction(work, begin, synchronous)
+                    return self._transaction(work, bounds, synchronous)
                 except sqlite3.DatabaseError as error:
                     if self._read_only or not is_damage(error):
                         raise
                     self._replace(error)
-                    return self._transaction(work, begin, synchronous)
+                    return self._transaction(work, bounds, synchronous)
             except sqlite3.Error as error:
                 raise _named(error, self.path) from error
 
-    def _transaction(self, work: Callable[[sqlite3.Connection], T], begin: str, synchronous: str) -> T:
+    def _transaction(self, work: Callable[[sqlite3.Connection], T], bounds: tuple[str, str], synchronous: str) -> T:
         connection = self._connection
         assert connection is not None
         connection.execute(f"PRAGMA synchronous={synchronous}")
-        connection.execute(begin)
+        connection.execute(bounds[0])
         try:
             result = work(connection)
-            connection.execute("COMMIT")
+            connection.execute(bounds[1])
         except BaseException:
             with suppress(sqlite3.Error):
                 if connection.in_transaction:
@@ -265,6 +266,12 @@ class Database:
 
 def is_damage(error: sqlite3.Error) -> bool:
     return _code(error) in _DAMAGE
+
+
+def until_damage(connection: sqlite3.Connection, query: str) -> Iterator[Any]:
+    """The rows of `query` up to the first that cannot be read, without an error."""
+    with suppress(sqlite3.DatabaseError):
+        yield from connection.execute(query)
 
 
 def on_network(path: Path) -> bool:

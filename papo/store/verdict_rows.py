@@ -46,14 +46,22 @@ class StoredVerdict:
     def __post_init__(self) -> None:
         if not self.answer.strip() or self.finish_reason in NO_ANSWER:
             raise ValueError("a call that brought no whole answer is no verdict")
-        if not (len(self.key) == 64 and set(self.key) <= set("0123456789abcdef")):
-            raise ValueError(f"no key of a verdict: {self.key!r}")
+        check_key(self.key)
         if self.parts and _sha256(self.parts) != self.key:
             raise ValueError("the key is not that of its parts")
         if min(self.prompt_tokens, self.completion_tokens) < 0:
             raise ValueError("a number of tokens below 0")
         if not (math.isfinite(self.seconds) and self.seconds >= 0 and math.isfinite(self.created)):
             raise ValueError("times that cannot be")
+
+
+def check_key(key: str) -> None:
+    """
+    Raises:
+        ValueError: not made by `verdict_key`.
+    """
+    if not (len(key) == 64 and set(key) <= set("0123456789abcdef")):
+        raise ValueError(f"no key of a verdict: {key!r}")
 
 
 def verdict_parts(model: str, rubric: str, prompt: str, sampling: Mapping[str, Any], vote: int) -> str:

@@ -10,7 +10,9 @@ none: there is no way to store it. Whoever is about to pay claims the keys first
             missing -= found.keys() | mine
             ...  # ask the model about `mine`: `keep` each answer, `release` each failure
 
-SQLite in WAL mode. Nothing that `put` has returned is lost by a kill of any process or of the machine.
+What a run paid for is kept beside them (`PaidCall`): a call that brought a verdict comes with it, one that brought none by `charge`.
+
+SQLite in WAL mode. Nothing that `put` or `charge` has returned is lost by a kill of any process or of the machine.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,9 +32,21 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from papo.errors import DamagedError, PapoError, UserError
-from papo.store.database import Database, Format
+from papo.store.database import Database, Format, until_damage
 from papo.store.files import replacing
 from papo.store.layout import Workspace
+from papo.store.ledger import (
+    MIGRATION,
+    OK,
+    PaidCall,
+    Spent,
+    check_calls,
+    read_paid_keys,
+    read_spent,
+    read_spent_by_run,
+    salvage_calls,
+    write_calls,
+)
 from papo.store.owners import check_owner, lives, new_owner
 from papo.store.verdict_rows import (
     COLUMNS,
@@ -49,6 +63,8 @@ from papo.store.verdict_rows import (
 )
 
 __all__ = [
+    "PaidCall",
+    "Spent",
     "StoreStats",
     "StoredBy",
     "StoredVerdict",
@@ -81,6 +97,7 @@ _MIGRATIONS = (
         "CREATE INDEX claims_by_owner ON claims (owner)",
         "CREATE TABLE owners (owner TEXT PRIMARY KEY, beat INTEGER NOT NULL) WITHOUT ROWID",
     ),
+    MIGRATION,
 )
 
 
@@ -108,10 +125,11 @@ class StoreStats:
 
 @dataclass(frozen=True)
 class Verified:
-    """`recomputed`: verdicts whose key was made anew from its parts. `damage`: one line each, empty if all is well."""
+    """`recomputed`: verdicts whose key was made anew from its parts. `calls`: paid ones. `damage`: one line each, empty if all is well."""
 
     verdicts: int
     recomputed: int
+    calls: int
     damage: list[str]
 
 
@@ -179,38 +197,58 @@ class VerdictStore:
         wanted = list(keys)
         return self._database.read(lambda connection: self._stored(connection, wanted)) if wanted else {}
 
-    def put(self, verdict: StoredVerdict) -> StoredVerdict:
+    def put(self, verdict: StoredVerdict, call: PaidCall | None = None) -> StoredVerdict:
         """Stores it and ends its claim; durable when it returns.
+
+        Args:
+            call: that brought it; stored with it or not at all, and also where another's verdict came first.
 
         Returns:
             What is stored under the key: the first that came stays, so that everybody reads the same.
+
+        Raises:
+            ValueError: the call is for another key, or brought no verdict.
         """
-        # Threads that put at once share one transaction, for each waits for the disk.
-        mine = _Put(verdict)
+        if call is not None and (call.key != verdict.key or call.status != OK):
+            raise ValueError(f"a verdict cannot come of a call for {call.key[:12]} that ended as {call.status!r}")
+        stored = self._write(_Put(verdict, call))
+        assert stored is not None
+        return stored
+
+    async def keep(self, verdict: StoredVerdict, call: PaidCall | None = None) -> StoredVerdict:
+        """As `put`, for an event loop."""
+        return await self._aside(self.put, verdict, call)
+
+    def _write(self, mine: _Put) -> StoredVerdict | None:
+        # Threads that write at once share one transaction, for each waits for the disk.
         self._waiting.append(mine)
         with self._writing:
-            if mine.done is None:
+            if not mine.done:
                 self._write_waiting()
-        if isinstance(mine.done, BaseException):
-            raise mine.done
-        assert mine.done is not None
-        return mine.done
-
-    async def keep(self, verdict: StoredVerdict) -> StoredVerdict:
-        """As `put`, for an event loop."""
-        return await self._aside(self.put, verdict)
+        if mine.error is not None:
+            raise mine.error
+        return mine.stored
 
     def _write_waiting(self) -> None:
         batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        found = [one.verdict for one in batch if one.verdict is not None]
+        calls = [one.call for one in batch if one.call is not None]
+
+        def work(connection: sqlite3.Connection) -> dict[str, StoredVerdict]:
+            stored = self._put(connection, found) if found else {}
+            if calls:
+                write_calls(connection, calls)
+            return stored
+
         try:
-            stored = self._database.write(
-                lambda connection: self._put(connection, [one.verdict for one in batch]), durable=True
-            )
+            stored = self._database.write(work, durable=True)
             for one in batch:
-                one.done = stored[one.verdict.key]
+                one.stored = None if one.verdict is None else stored[one.verdict.key]
         except BaseException as error:
             for one in batch:
-                one.done = error
+                one.error = error
+        for one in batch:
+            one.done = True
 
     def _put(self, connection: sqlite3.Connection, verdicts: Sequence[StoredVerdict]) -> dict[str, StoredVerdict]:
         keys = [verdict.key for verdict in verdicts]
@@ -231,6 +269,39 @@ class VerdictStore:
                 self._warned.add(row[0])
                 self._warn(f"{self._database.path}: the verdict {row[0][:12]} is damaged and is not used: {verdict}")
         return found
+
+    # ---- what was paid ----
+
+    def charge(self, call: PaidCall) -> None:
+        """Records a call that brought no verdict; durable when it returns. Its claim goes on.
+
+        Raises:
+            ValueError: it brought one, and has to come with it.
+        """
+        if call.status == OK:
+            raise ValueError("a call that brought a verdict is stored with it, by `put`")
+        self._write(_Put(None, call))
+
+    async def charged(self, call: PaidCall) -> None:
+        """As `charge`, for an event loop."""
+        await self._aside(self.charge, call)
+
+    def spent(self, run: str, *, round: int | None = None) -> Spent:
+        """What this run paid, in one round or in all. Reads all those calls: keep count beside it where it is asked for often."""
+        return self._database.read(lambda connection: read_spent(connection, self._damaged, run, round))
+
+    def spent_by_run(self) -> list[tuple[str, str, Spent]]:
+        """(run, variant, what it paid), in the order in which they first paid."""
+        return self._database.read(lambda connection: read_spent_by_run(connection, self._damaged))
+
+    def paid_keys(self, run: str, round: int) -> set[str]:
+        """Keys whose verdict this run paid for in this round, also where another's came first."""
+        return self._database.read(lambda connection: read_paid_keys(connection, run, round))
+
+    def _damaged(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._warn(f"{self._database.path}: {text}; it is in no sum")
 
     # ---- claims ----
 
@@ -385,15 +456,18 @@ def verify_store(path: Path) -> Verified:
         with VerdictStore.open(path, read_only=True) as store:
             return store.verify()
     except DamagedError as error:
-        return Verified(0, 0, [error.what])
+        return Verified(0, 0, 0, [error.what])
 
 
 @dataclass
 class _Put:
-    """A verdict that waits to be written, and what became of it."""
+    """What waits to be written, and what became of it."""
 
-    verdict: StoredVerdict
-    done: StoredVerdict | BaseException | None = None
+    verdict: StoredVerdict | None
+    call: PaidCall | None
+    done: bool = False
+    stored: StoredVerdict | None = None
+    error: BaseException | None = None
 
 
 def _select(connection: sqlite3.Connection, query: str, keys: Sequence[str]) -> Iterator[Any]:
@@ -408,33 +482,41 @@ def _chunks(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def _salvage(old: sqlite3.Connection, new: sqlite3.Connection) -> int:
-    """Takes over the verdicts before the first damaged page, then those after the last."""
+    """Takes over the verdicts before the first damaged page, then those after the last; the paid calls likewise."""
     count = 0
     for order in ("ASC", "DESC"):
-        for verdict in whole_ones(_until_damage(old, f"SELECT {COLUMNS} FROM verdicts ORDER BY id {order}")):
+        for verdict in whole_ones(until_damage(old, f"SELECT {COLUMNS} FROM verdicts ORDER BY id {order}")):
             count += new.execute(f"INSERT OR IGNORE {INSERT}", encode(verdict)).rowcount
+    salvage_calls(old, new)
     return count
-
-
-def _until_damage(connection: sqlite3.Connection, query: str) -> Iterator[Any]:
-    with suppress(sqlite3.DatabaseError):
-        yield from connection.execute(query)
 
 
 def _verify(connection: sqlite3.Connection) -> Verified:
     damage: list[str] = []
-    count = recomputed = 0
-    try:
+    count = recomputed = calls = 0
+    with _noted(damage):
         damage += [line for (line,) in connection.execute("PRAGMA integrity_check") if line != "ok"]
+    with _noted(damage):
         for number, *row in connection.execute(f"SELECT id, {COLUMNS} FROM verdicts ORDER BY id"):
             count += 1
             if isinstance(verdict := decode(row), str):
                 damage.append(f"row {number}, verdict {str(row[0])[:12]}: {verdict}")
             else:
                 recomputed += bool(verdict.parts)
+    with _noted(damage):
+        for wrong in check_calls(connection):
+            calls += 1
+            damage += [wrong] if wrong else []
+    return Verified(count, recomputed, calls, damage)
+
+
+@contextmanager
+def _noted(damage: list[str]) -> Iterator[None]:
+    """What cannot be read keeps nobody from looking at the rest."""
+    try:
+        yield
     except sqlite3.DatabaseError as error:
         damage.append(str(error))
-    return Verified(count, recomputed, damage)
 
 
 FORMAT = Format("verdicts", 0x7061706F, _MIGRATIONS, _salvage)

@@ -23,7 +23,6 @@ from papo.core.calibration import (
     nearest_level,
     partial_correlation,
     partial_slope,
-    vote_agreement,
 )
 from papo.errors import DataError, ParamsError
 
@@ -142,12 +141,6 @@ def test_a_score_that_never_differs_within_a_label_has_no_correlation_and_no_slo
     assert partial_correlation(np.arange(100), np.full(100, value), labels) is None
     assert partial_slope(np.arange(100), np.full(100, value), labels) is None
     assert partial_correlation([], [], np.array([], dtype=np.intp)) is None
-
-
-def test_votes_by_hand() -> None:
-    votes = [[1, 1, 0.5], [0, 0], [1], [], [0.5, 1]]
-    assert vote_agreement(votes) == pytest.approx((1 / 3 + 1 + 0) / 3)
-    assert vote_agreement([[1], []]) is None
 
 
 def test_alpha_is_that_of_the_worked_example() -> None:

@@ -24,7 +24,7 @@ TIMEOUT = Judgement(None, "timeout", "no answer in 3 s", prompt_tokens=5)
 
 
 class FakeJudge:
-    name, rubric = "fake", "rubric/1"
+    name, rubric, digest = "fake", "rubric/1", ""
 
     def __init__(self, *judgements: Judgement) -> None:
         self._judgements = judgements
@@ -33,6 +33,9 @@ class FakeJudge:
     def judge(self, items: Sequence[JudgeItem], progress: Progress) -> list[Judgement]:
         self.asked += items
         return [self._judgements[index % len(self._judgements)] for index in range(len(items))]
+
+    def metrics(self, not_asked: int) -> dict[str, float]:
+        return {"not_asked_calls": float(not_asked)}
 
     def versions(self) -> dict[str, str]:
         return {"fake": "1"}
@@ -92,7 +95,7 @@ def test_the_judge_is_asked_only_where_the_variant_needs_it(
     rows = read_rows(tmp_path / "prm.parquet", PRM)
     assert [row["prm_score"] for row in rows] == [1.0 if n in expected else None for n in range(8)]
     assert [row["status"] for row in rows] == ["ok" if n in expected else "not_asked" for n in range(8)]
-    assert manifest.metrics == {"asked_share": len(expected) / 8}
+    assert manifest.metrics == {"asked_share": len(expected) / 8, "not_asked_calls": 8.0 - len(expected)}
 
 
 def test_the_rows(tmp_path: Path, small_round: Any, context: Context) -> None:

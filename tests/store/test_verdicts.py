@@ -579,10 +579,10 @@ def test_a_database_of_something_else_is_refused_and_left_alone(tmp_path: Path) 
 
 def test_a_store_of_a_later_version_is_refused_and_left_alone(path: Path) -> None:
     filled(path, 1)
-    edit(path, "PRAGMA user_version = 2")
-    with pytest.raises(DataError, match="version 2 of verdicts, made by a later papo; this one reads 1"):
+    edit(path, "PRAGMA user_version = 3")
+    with pytest.raises(DataError, match="version 3 of verdicts, made by a later papo; this one reads 2"):
         VerdictStore.open(path)
-    edit(path, "PRAGMA user_version = 1")
+    edit(path, "PRAGMA user_version = 2")
     with VerdictStore.open(path) as store:
         assert len(store.get_many(keys(0))) == 1
 
@@ -595,7 +595,7 @@ def test_a_store_of_an_earlier_version_is_migrated_when_it_is_written(
         verdicts.FORMAT, migrations=(*verdicts.FORMAT.migrations, ("ALTER TABLE verdicts ADD COLUMN more TEXT",))
     )
     monkeypatch.setattr(verdicts, "FORMAT", later)
-    with pytest.raises(DataError, match="version 1 of verdicts; this papo reads 2"):
+    with pytest.raises(DataError, match="version 2 of verdicts; this papo reads 3"):
         VerdictStore.open(path, read_only=True)
     with VerdictStore.open(path) as store:
         assert store.get_many(keys(0)) == {verdict(0).key: verdict(0)}
