@@ -10,12 +10,14 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ def run_stage(
     """The stage on the tables of `write_round`; its own table is `out`."""
     chosen = ScorePrmParams.model_validate(params)
     context = context or Context(work=workspace.work)
-    engine = make_judge(chosen, Purpose(workspace.work / "verdicts.sqlite", run, 0, variant, warn=context.warn))
+    engine = make_judge(chosen, Purpose(store_of(workspace), run, 0, variant, warn=context.warn))
     inputs = score_prm.Inputs(
         round=0,
         variant=variant,
@@ -127,6 +129,16 @@ def run_stage(
         rubric=engine.digest,
     )
     return score_prm.run(chosen, inputs, workspace.table(0, out), engine=engine, context=context)
+
+
+def store_of(workspace: Workspace) -> Path:
+    return workspace.work / "verdicts.sqlite"
+
+
+def paid_tries(workspace: Workspace) -> int:
+    """What the ledger of the workspace's store says was billed."""
+    with closing(sqlite3.connect(store_of(workspace))) as connection:
+        return int(connection.execute("SELECT coalesce(sum(tries), 0) FROM paid_calls").fetchone()[0])
 
 
 def prm_rows(workspace: Workspace, out: str = "prm") -> list[dict[str, Any]]:
@@ -207,6 +219,7 @@ class Papo:
 def papo_forks(folder: Path) -> Iterator[Papo]:
     """The current folder of the commands is `folder`; what they print goes to its file `log`."""
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path(__file__).parents[1] / "params.yaml", folder)
     with subprocess.Popen(
         [sys.executable, "-c", _FORKS], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -220,6 +233,9 @@ def papo_forks(folder: Path) -> Iterator[Papo]:
 
 def score_prm_command(workspace: Workspace, params: dict[str, Any], *, variant: Variant = "prm") -> list[str]:
     """`papo score-prm --round 0` with these params."""
-    settings = [f"advantage.variant={variant}", *(f"score_prm.{key}={json.dumps(value)}" for key, value in params.items())]
+    settings = [
+        f"advantage.variant={variant}",
+        *(f"score_prm.{key}={json.dumps(value)}" for key, value in params.items()),
+    ]
     sets = [text for setting in settings for text in ("--set", setting)]
     return ["score-prm", "--round", "0", "--workspace", str(workspace.root), *sets]

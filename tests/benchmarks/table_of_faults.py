@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from judging import REPLY, attempts, delivered, judging, prm_rows, run_stage, write_round
+from judging import REPLY, attempts, delivered, judging, paid_tries, prm_rows, run_stage, store_of, write_round
 from servers.chat import FAULTS, ChatProcess, chat_process
 
 import papo.engines.chat
@@ -27,16 +27,17 @@ from papo.errors import PapoError
 from papo.params import ChatParams, ScorePrmParams
 from papo.schemas import ORM
 from papo.store.layout import Workspace
+from papo.store.ledger import Spent
 from papo.store.tables import read_rows
 from papo.store.verdicts import VerdictStore
 
 RATES = {"first": "first try", "all": "all tries", "share": "10 %"}
 COMPARED = ("papo", "prm")
 FIRST_WAIT_S = 0.01
-DEADLINES_S = {"first": 1.0, "all": 1.0, "share": 5.0}
+DEADLINES_S = {"first": 2.0, "all": 2.0, "share": 5.0}
 """Of a call where the server hangs; long enough for the calls that it answers. Elsewhere a call has a minute."""
-ALIKE = 4000
-"""Groups of each kind in which one failure is tried."""
+ALIKE = 10_000
+"""Groups of each kind in which scores are lost by chance."""
 
 _ZERO = 1e-12
 
@@ -55,7 +56,7 @@ class Cell:
     """One fault at one rate.
 
     `delivered` and `again`: by response, verdicts that the server sent whole, and requests of the run without the fault that followed.
-    `paid` and `failed`: calls of the ledger.
+    `paid`: tries by the ledger; `spent`: the whole of it.
     """
 
     rows: list[dict[str, Any]]
@@ -65,7 +66,7 @@ class Cell:
     delivered: Counter[str]
     again: Counter[str]
     paid: int
-    failed: int
+    spent: Spent
     effects: dict[str, Effect]
 
     @property
@@ -86,6 +87,11 @@ class Matrix:
         orm = read_rows(workspace.table(0, "orm"), ORM)
         self.orm, self.groups = [row["orm_score"] for row in orm], [row["problem_id"] for row in orm]
 
+    def _fresh(self) -> Workspace:
+        workspace = Workspace(Path(tempfile.mkdtemp(dir=self.folder)))
+        write_round(workspace)
+        return workspace
+
     def advantages(self, rows: list[dict[str, Any]], variant: str) -> Any:
         return compute_advantages(self.orm, [row["prm_score"] for row in rows], self.groups, variant=variant)
 
@@ -99,28 +105,25 @@ class Matrix:
         )
 
     def cell(self, fault: str, when: str) -> Cell:
-        server, workspace = self.server, Workspace(self.folder / f"{fault} {when}")
-        write_round(workspace)
+        server, workspace = self.server, self._fresh()
         server.set(fault=fault, when=when, retry_after_s=0.0)
         run_stage(workspace, params_of(server, fault, when))
         seen, sent, rows = server.seen, delivered(server), prm_rows(workspace)
-        with VerdictStore.open(workspace.work / "verdicts.sqlite") as store:
+        with VerdictStore.open(store_of(workspace)) as store:
             spent = store.spent("run")
+        paid = paid_tries(workspace)
         server.set(fault="none", when="all")
         run_stage(workspace, judging(server), out="again")
-        again = Counter(delivered(server))
+        again = delivered(server)
         assert again.total() == server.seen.requests.total()
         effects = {variant: self.effect(rows, variant) for variant in COMPARED}
         return Cell(
-            rows, prm_rows(workspace, "again"), seen.requests.total(), seen.billed.total(), sent, again, spent.calls, spent.failed,
-            effects,
+            rows, prm_rows(workspace, "again"), seen.requests.total(), seen.billed.total(), sent, again, paid, spent, effects,
         )  # fmt: skip
-
 
     def stop(self, fault: str, when: str) -> str:
         """The error that ends the stage where the server is given up and failures are counted as by default; empty if none does."""
-        workspace = Workspace(self.folder / f"{fault} {when}, stopped")
-        write_round(workspace)
+        workspace = self._fresh()
         self.server.set(fault=fault, when=when, retry_after_s=0.0)
         params = params_of(self.server, fault, when)
         params["model"]["breaker"] = ChatParams.model_fields["breaker"].default
@@ -139,13 +142,22 @@ def params_of(server: ChatProcess, fault: str, when: str) -> dict[str, Any]:
 
 def cells_of(cell: Cell) -> list[str]:
     """A line of the table, without the fault and its rate."""
-    statuses = ", ".join(f"{count} {status}" for status, count in sorted(cell.statuses.items(), key=lambda item: -item[1]))
+    statuses = ", ".join(
+        f"{count} {status}" for status, count in sorted(cell.statuses.items(), key=lambda item: -item[1])
+    )
     effects = [
         text
         for effect in cell.effects.values()
         for text in (str(effect.changed), f"{effect.largest:.2f}", f"{effect.own_flips} + {effect.other_flips}")
     ]
-    return [statuses, str(cell.requests), str(cell.billed), f"{cell.paid} ({cell.failed})", *effects, str(cell.again.total())]
+    return [
+        statuses,
+        str(cell.requests),
+        str(cell.billed),
+        f"{cell.paid} ({cell.spent.failed})",
+        *effects,
+        str(cell.again.total()),
+    ]
 
 
 def line_of(matrix: Matrix, fault: str, when: str) -> str:
@@ -154,7 +166,7 @@ def line_of(matrix: Matrix, fault: str, when: str) -> str:
 
 
 HEAD = [
-    "fault", "met by", "rows", "requests", "billed", "paid calls (failed)",
+    "fault", "met by", "rows", "requests", "billed", "paid (failed calls)",
     *(f"{variant}: {what}" for variant in COMPARED for what in ("changed", "largest", "flips")),
     "asked again", "stopped by",
 ]  # fmt: skip
@@ -171,36 +183,43 @@ def table(matrix: Matrix) -> list[str]:
     return _markdown(rows)
 
 
-def one_failure(correct: int, variant: str) -> list[str]:
-    """A line of the table of single failures: one response that the variant asks about, drawn by chance, loses its score.
+def lost_scores(correct: int, variant: str, lost: int) -> tuple[float, float]:
+    """Share of the responses without a score, and of the others that are asked about, whose advantage has the opposite sign.
 
-    Groups of eight with that many correct responses, whose scores are drawn by chance from 0, 0.5 and 1.
+    Groups of eight with so many correct responses, scores drawn by chance from 0, 0.5 and 1; of the responses that the variant asks about
+    `lost`, drawn by chance, have none.
     """
     chance = np.random.default_rng(correct)
     orm = np.tile(np.arange(8) < correct, (ALIKE, 1)).astype(float)
-    scores = chance.choice([0.0, 0.5, 1.0], size=(ALIKE, 8))
     asked = correct if variant == "papo" else 8
-    lost, at = scores.copy(), chance.integers(asked, size=ALIKE)
-    lost[np.arange(ALIKE), at] = np.nan
+    scores = chance.choice([0.0, 0.5, 1.0], size=(ALIKE, 8))
+    own = chance.random((ALIKE, asked)).argsort(axis=1) < lost
+    less = scores.copy()
+    less[:, :asked][own] = np.nan
     groups = np.repeat(np.arange(ALIKE), 8)
     before, after = (
-        compute_advantages(orm.ravel(), prm.ravel(), groups, variant=variant).total.reshape(-1, 8) for prm in (scores, lost)
+        compute_advantages(orm.ravel(), prm.ravel(), groups, variant=variant).total.reshape(-1, 8)
+        for prm in (scores, less)
     )
-    flipped = flips(before, after)
-    own = flipped[np.arange(ALIKE), at].sum()
-    others = flipped.sum() - own
-    return [
-        variant,
-        str(correct),
-        f"{own / ALIKE:.1%}",
-        f"{others / (ALIKE * (asked - 1)):.1%}",
-        f"{np.abs(after - before).max():.2f}",
+    flipped = flips(before, after)[:, :asked]
+    return float(flipped[own].mean()), float(flipped[~own].mean())
+
+
+def table_of_lost_scores() -> list[str]:
+    """How often a sign flips, by variant and number of correct responses, where one or three scores of a group are lost."""
+    head = [
+        "variant",
+        "correct of 8",
+        "1 lost: its sign",
+        "1 lost: sign of another",
+        "3 lost: their signs",
+        "3 lost: sign of another",
     ]
-
-
-def table_of_single_failures() -> list[str]:
-    head = ["variant", "correct of 8", "own sign flips", "sign of another that is asked about flips", "largest change"]
-    rows = [one_failure(correct, variant) for variant in COMPARED for correct in range(2, 9)]
+    rows = [
+        [variant, str(correct), *(f"{share:.1%}" for lost in (1, 3) for share in lost_scores(correct, variant, lost))]
+        for variant in COMPARED
+        for correct in ((4, 5, 6, 7, 8) if variant == "papo" else (8,))
+    ]
     return _markdown([head, ["---"] * len(head), *rows])
 
 
@@ -216,7 +235,7 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 def main() -> None:
     papo.engines.chat.FIRST_WAIT_S = FIRST_WAIT_S
     with chat_process(reply=REPLY) as server, tempfile.TemporaryDirectory() as folder:
-        print("\n".join(table(Matrix(server, Path(folder)))), *table_of_single_failures(), sep="\n")
+        print("\n".join(table(Matrix(server, Path(folder)))), "", *table_of_lost_scores(), sep="\n")
 
 
 if __name__ == "__main__":
