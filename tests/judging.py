@@ -135,9 +135,9 @@ def store_of(workspace: Workspace) -> Path:
     return workspace.work / "verdicts.sqlite"
 
 
-def paid_tries(workspace: Workspace) -> int:
-    """What the ledger of the workspace's store says was billed."""
-    with closing(sqlite3.connect(store_of(workspace))) as connection:
+def paid_tries(store: Path) -> int:
+    """What the ledger says was billed."""
+    with closing(sqlite3.connect(store)) as connection:
         return int(connection.execute("SELECT coalesce(sum(tries), 0) FROM paid_calls").fetchone()[0])
 
 

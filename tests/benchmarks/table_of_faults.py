@@ -111,7 +111,7 @@ class Matrix:
         seen, sent, rows = server.seen, delivered(server), prm_rows(workspace)
         with VerdictStore.open(store_of(workspace)) as store:
             spent = store.spent("run")
-        paid = paid_tries(workspace)
+        paid = paid_tries(store_of(workspace))
         server.set(fault="none", when="all")
         run_stage(workspace, judging(server), out="again")
         again = delivered(server)
