@@ -30,7 +30,8 @@ def wrong_steps(body: dict[str, Any]) -> str:
 
 def _response(body: dict[str, Any]) -> str:
     user = str(body["messages"][1]["content"])
-    return user[user.index("[response ") : user.index("[end of response ")]
+    # Without the line of its mark, sixteen random characters that may well say `bad`.
+    return user[user.index("\n", user.index("[response ")) : user.index("[end of response ")]
 
 
 def _reply(verdict: Any) -> str:
