@@ -17,7 +17,8 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
 
-from papo.console import accuracy_rows, alarm_rows, course_rows, log, time_rows
+from papo.console import accuracy_rows, alarm_rows, course_rows, judging_words, log, time_rows
+from papo.core.costs import model_asked
 from papo.errors import PapoError
 from papo.pipeline import ROUND_STAGES, Step
 from papo.session import Summary
@@ -90,7 +91,8 @@ def _words(summary: Summary) -> str:
     lines += [f"- alarm from round {alarm.round}, {alarm.name}: {alarm.evidence}" for alarm in summary.alarms]
     work = f"{summary.ran} steps ran in {summary.total_seconds:.0f} s, {summary.skipped} had been done before."
     link = f"MLflow: {summary.link}" if summary.link else "Not recorded in MLflow."
-    where = [f"Report: `{summary.report.resolve()}`", link, f"DVC: {summary.dvc}"]
+    judge = [f"Judge: {judging_words(summary.judging)}"] if model_asked(summary.judging) else []
+    where = [*judge, f"Report: `{summary.report.resolve()}`", link, f"DVC: {summary.dvc}"]
     return "\n\n".join(["\n".join(lines), _table(rows), work, *where])
 
 

@@ -87,6 +87,9 @@ def one_judge_run(server: ChatProcess, calls: int, concurrency: int, folder: Pat
     model = {"model": "m", "base_url": server.url, "concurrency": concurrency}
     params = ScorePrmParams.model_validate({"judge": "model", "model": model})
     items = [JudgeItem(f"What is {n} + {n}?", f"{n} + {n} is {2 * n}", f"{n}: {SOLUTION}") for n in range(calls)]
+    # Imports of seconds, once a process.
+    make_judge(params, Purpose(folder / "warm.sqlite")).judge(items[:concurrency], lambda done: None)
+    server.set()
     found, times = [], []
     for _ in range(2):
         judge = make_judge(params, Purpose(folder / "verdicts.sqlite"))
