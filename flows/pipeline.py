@@ -11,19 +11,35 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
 from flows.local import main
 from flows.show import log_of_run, show_progress, show_result
 from papo.commands import open_session, stay_offline
-from papo.errors import PapoError
+from papo.errors import PapoError, ServerDownError
 from papo.params import Params, Variant, load_params
 from papo.pipeline import STAGES, Step, steps
 from papo.session import Session, Summary
 from papo.store.layout import Workspace
 
+RETRIES_S = (60.0, 300.0, 900.0)
+"""Waits before a stage is started again whose server was down; what it had paid for is kept, and it goes on from there."""
 
-@task(task_run_name="{step}", cache_policy=NO_CACHE, persist_result=False)
+
+def server_is_down(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Whether a stage failed for a reason that time may mend; starting it again mends no other."""
+    return isinstance(state.result(raise_on_failure=False), ServerDownError)
+
+
+@task(
+    task_run_name="{step}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=len(RETRIES_S),
+    retry_delay_seconds=list(RETRIES_S),
+    retry_condition_fn=server_is_down,
+)
 def run_stage(session: Session, step: Step) -> dict[str, Any]:
     """One step. What has been done before is known by the manifests, not by Prefect: its cache stays off."""
     manifest = session.step(step)

@@ -13,7 +13,10 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.states import Failed
+from servers.chat import chat_process
 
+import flows.pipeline
 from flows.ablations import nightly_ablations
 from flows.pipeline import train_eval
 from papo.errors import ParamsError, StageError
@@ -86,6 +89,33 @@ def test_artifacts_show_progress_and_result(client: SyncPrefectClient, first: St
 def test_a_second_run_finds_everything_done(first: State[Summary]) -> None:
     again = train_eval(dvc=False)
     assert (again.ran, again.skipped) == (0, len(STAGES))
+
+
+def test_a_stage_whose_server_was_down_is_started_again_and_no_other(
+    client: SyncPrefectClient, first: State[Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server fails the first request of each question, and one failure is taken for a server that is down."""
+    patient = flows.pipeline.STAGE_TASKS["score_prm"].with_options(retries=8, retry_delay_seconds=[0.1])
+    monkeypatch.setitem(flows.pipeline.STAGE_TASKS, "score_prm", patient)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    with chat_process(fault="503", when="first", reply="servers.replies:levels") as server:
+        model = f"{{model: m, base_url: '{server.url}', tries: 1, breaker: 1, concurrency: 1}}"
+        overrides = (
+            "score_prm.judge=model",
+            f"score_prm.model={model}",
+            "score_prm.prices={m: {prompt: 1, completion: 1}}",
+        )
+        state = train_eval(variant="prm", overrides=overrides, workspace="judged", dvc=False, return_state=True)
+        seen = server.seen
+    assert state.is_completed(), state.message
+    assert seen.requests.total() == 2 * seen.billed.total() > 0
+    assert "Judge: " in artifacts_of(client, state)["papo-result"]["data"]
+    runs = len(seen.billed) + 1
+    eventually(lambda: {run.name: run.run_count for run in tasks_of(client, state)}.get("score_prm 0"), runs)
+    assert {run.run_count for run in tasks_of(client, state) if run.name != "score_prm 0"} == {1}
+    assert not flows.pipeline.server_is_down(None, None, Failed(data=StageError("too many rows failed")))
 
 
 def test_alarms_are_an_artifact_and_in_the_result(client: SyncPrefectClient, first: State[Summary]) -> None:
