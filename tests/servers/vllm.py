@@ -96,7 +96,7 @@ def vllm_server(
             watchdog = subprocess.Popen(
                 [sys.executable, __file__, str(GENTLY_S), *map(str, command)],
                 cwd=folder,  # `python -m` imports from there first
-                env=_environment(environment or {}),
+                env=_environment({"TMPDIR": folder} | dict(environment or {})),  # vLLM leaves files there
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
