@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -18,17 +19,28 @@ class _Owner(NamedTuple):
     nonce: str
 
 
+_ended: set[str] = set()
+
+
 def new_owner() -> str:
     """An owner that lives as long as this process; two of one process are two."""
     pid = os.getpid()
     return f"{pid}:{_started(pid)}:{_place()}:{secrets.token_hex(4)}"
 
 
+def end(owners: Iterable[str]) -> None:
+    """Those of this process that hold nothing any more, which their store may have been unable to write down."""
+    _ended.update(owners)
+
+
 def lives(owner: str) -> bool | None:
     """Whether the process of `owner` is running; None where that cannot be seen from here: on another machine, in another container.
 
-    A process that has ended and only waits for its parent to notice is not running; nor is one that has its number again.
+    One that was ended in this process does not live. A process that has ended and only waits for its parent to notice is not running; nor
+    is one that has its number again.
     """
+    if owner in _ended:
+        return False
     try:
         pid, started, place, _ = _read(owner)
     except ValueError:

@@ -47,7 +47,7 @@ from papo.store.ledger import (
     salvage_calls,
     write_calls,
 )
-from papo.store.owners import check_owner, lives, new_owner
+from papo.store.owners import check_owner, end, lives, new_owner
 from papo.store.verdict_rows import (
     COLUMNS,
     INSERT,
@@ -81,7 +81,7 @@ __all__ = [
 T = TypeVar("T")
 
 LEASE_S = 60.0
-"""After so long without a sign of life, the claims of an owner whose process cannot be seen from here are free."""
+"""After so long without a sign of life, the claims of an owner are free, though its process may run."""
 BEAT_S = 10.0
 POLL_S = 0.25
 
@@ -185,6 +185,7 @@ class VerdictStore:
         if self._beating.is_alive():
             self._beating.join()
         self._threads.shutdown()
+        end(self._owners)
         with suppress(PapoError):  # others see that the process has ended, or the lease run out
             if self._owners:
                 self._database.write(lambda connection: self._delete(connection, self._owners), durable=False)
@@ -308,8 +309,8 @@ class VerdictStore:
     def claim(self, keys: Iterable[str], owner: str, *, limit: int | None = None) -> set[str]:
         """Those of `keys`, the first `limit` of them, that nobody has stored and that are now this owner's to pay for.
 
-        The others are stored, or claimed by a living owner. A claim ends with `put`, `release`, `close`, the end of its process, or, if
-        that cannot be seen from here, LEASE_S after its last sign of life.
+        The others are stored, or claimed by a living owner. A claim ends with `put`, `release`, `close`, the end of its process, or LEASE_S
+        after its last sign of life.
 
         Args:
             owner: by `new_owner`.
@@ -372,8 +373,9 @@ class VerdictStore:
         return [key for key in keys if key not in stored and not (key in held and living[held[key][0]])]
 
     def _lives(self, owner: str, beat: int) -> bool:
-        if (alive := lives(owner)) is not None:
-            return alive
+        if lives(owner) is False:
+            return False
+        # A process that runs, too, may have given up its claims and been unable to write that down: on a full disk, for instance.
         # By the clock of this process alone, from when it first saw this beat: clocks of two machines may differ.
         now = time.monotonic()
         if owner not in self._seen or self._seen[owner][0] != beat:

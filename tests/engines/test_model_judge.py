@@ -355,6 +355,27 @@ def test_an_interrupt_keeps_what_was_paid_for(
         assert verdicts.stats().claims == 0
 
 
+def test_a_full_disk_is_said_and_what_was_stored_is_kept(
+    judge: Callable[..., ModelJudge], server: ChatProcess, small_disk: Path, fill: Callable[[Path], Path]
+) -> None:
+    server.set(latency_s=0.01)
+    filled: list[Path] = []
+
+    def progress(done: int) -> None:
+        if not filled:
+            filled.append(fill(small_disk))
+
+    responses, store = [f"good {n}" for n in range(60)], small_disk / "verdicts.sqlite"
+    with pytest.raises(SetupError, match="disk is full"):
+        judge(model_concurrency=2, for_store=store).judge(items(*responses), progress)
+    paid = server.seen.billed.total()
+    filled[0].unlink()
+    assert {one.score for one in judged(judge(for_store=store), *responses)} == {1.0}
+    # Those under way when the disk was full were paid for and could not be kept.
+    assert server.seen.billed.total() <= 60 + 2
+    assert 0 < paid < 60
+
+
 # ---- the budget ----
 
 

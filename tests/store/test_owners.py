@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from papo.store.owners import check_owner, lives, new_owner
+from papo.store.owners import check_owner, end, lives, new_owner
 
 NAME_ITSELF = "from papo.store.owners import new_owner; print(new_owner(), flush=True); input()"
 
@@ -21,6 +21,13 @@ def test_two_owners_of_one_process_are_two_and_both_live() -> None:
     first, second = new_owner(), new_owner()
     assert first != second
     assert lives(first) is True
+    assert lives(second) is True
+
+
+def test_one_that_was_ended_in_its_process_does_not_live() -> None:
+    first, second = new_owner(), new_owner()
+    end([first])
+    assert lives(first) is False
     assert lives(second) is True
 
 

@@ -385,13 +385,15 @@ def elsewhere() -> str:
     return f"{pid}:{started}:{'0' * 16}:{nonce}"
 
 
-def test_the_claims_of_another_machine_hold_while_it_shows_life_and_for_the_lease_after_that(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_claims_hold_while_their_owner_shows_life_and_for_the_lease_after_that(
+    path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
+    """Also those of a process that runs: it may have been unable to write down that it gave them up."""
     monkeypatch.setattr(verdicts, "BEAT_S", 0.05)
     monkeypatch.setattr(verdicts, "LEASE_S", 1.0)
     with VerdictStore.open(path) as there, VerdictStore.open(path) as here:
-        there.claim(keys(1, 2), elsewhere())
+        there.claim(keys(1, 2), new_owner() if where == "here" else elsewhere())
         deadline = time.monotonic() + 2.5
         while time.monotonic() < deadline:
             assert here.claim(keys(1), new_owner()) == set()

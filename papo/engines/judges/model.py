@@ -29,7 +29,7 @@ from papo.core.votes import VOTES, combine_scores, vote_agreement
 from papo.engines.chat import ChatClient, ChatReply, ChatRequest
 from papo.engines.judges.rubrics import Reading, Rubric, load_rubric
 from papo.engines.protocols import JudgeItem, Judgement, Progress
-from papo.errors import BudgetError, PapoError, ServerDownError
+from papo.errors import BudgetError, PapoError
 from papo.params import ChatParams, Price, ScorePrmParams
 from papo.schemas import PRM_STATUSES
 from papo.store.ledger import PaidCall, Spent
@@ -121,7 +121,7 @@ class ModelJudge:
         """One judgement an item, in order.
 
         Raises:
-            SetupError, UserError: as `check`; no server and no key is needed where all is stored.
+            SetupError, UserError: as `check`, or the disk is full; no server and no key is needed where all is stored.
             ServerDownError: the server does not answer; started again, the judge goes on where it was.
             BudgetError: a further call could cost more than is left.
         """
@@ -158,24 +158,21 @@ class ModelJudge:
         return found | ({"not_asked_saved": calls * self._mean_cost} if self._params.price else {})
 
     def _judgement(self, votes: Sequence[_Verdict | _Failure], given: Sequence[_Verdict], *, cached: bool) -> Judgement:
-        tokens = {
-            "prompt_tokens": sum(vote.stored.prompt_tokens for vote in given),
-            "completion_tokens": sum(vote.stored.completion_tokens for vote in given),
-            "cached": cached,
-        }
         scores = [float(vote.reading.score) for vote in given if vote.reading.score is not None]
+        prompt_tokens = sum(vote.stored.prompt_tokens for vote in given)
+        completion_tokens = sum(vote.stored.completion_tokens for vote in given)
         if 2 * len(given) <= len(votes):
             failures = [failure for vote in votes if (failure := _failure(vote))]
             counts = Counter(failure.status for failure in failures)
             status = max(counts, key=lambda status: (counts[status], -PRM_STATUSES.index(status)))
             cause = next(failure.cause for failure in failures if failure.status == status)
-            return Judgement(None, status, cause, votes=scores, **tokens)  # type: ignore[arg-type]  # by their names
+            return Judgement(None, status, cause, scores, None, prompt_tokens, completion_tokens, cached)
         score = combine_scores(scores, self._params.vote)
         critiques = [vote.reading.wrong_steps for vote in given if vote.reading.wrong_steps is not None]
         wrong = combine_votes(critiques, VOTES[self._params.vote]).tolist() if critiques else None
         # The reason of a vote for that score, or of the one that is nearest to it.
         reason = min(given, key=lambda vote: abs((vote.reading.score or 0.0) - score)).reading.reason
-        return Judgement(score, "ok", reason, votes=scores, wrong_steps=wrong, **tokens)  # type: ignore[arg-type]  # as above
+        return Judgement(score, "ok", reason, scores, wrong, prompt_tokens, completion_tokens, cached)
 
     def _count(self, uses: Sequence[tuple[StoredVerdict, bool]], judgements: Sequence[Judgement], spent: Spent) -> None:
         price = self._params.price
@@ -184,6 +181,7 @@ class ModelJudge:
         cached = [not bought for _, bought in uses]
         self._mean_tokens = sum(tokens) / len(uses) if uses else 0.0
         self._mean_cost = math.fsum(costs) / len(uses) if uses else 0.0
+        saved = math.fsum(cost for cost, is_cached in zip(costs, cached, strict=True) if is_cached)
         found = {
             "calls": spent.calls,
             "calls_failed": spent.failed,
@@ -192,9 +190,7 @@ class ModelJudge:
             "cost": (spent.cost or 0.0) if price else None,
             "cached_share": sum(cached) / len(uses) if uses else None,
             "cache_tokens": sum(count for count, is_cached in zip(tokens, cached, strict=True) if is_cached),
-            "cache_saved": math.fsum(c for c, is_cached in zip(costs, cached, strict=True) if is_cached)
-            if price
-            else None,
+            "cache_saved": saved if price else None,
             "vote_agreement": vote_agreement(judgement.votes for judgement in judgements),
         }
         self._metrics = {name: float(value) for name, value in found.items() if value is not None}
@@ -234,7 +230,7 @@ class _Asking:
         """Fills `found`.
 
         Raises:
-            SetupError, ServerDownError, BudgetError: as `ModelJudge.judge`.
+            PapoError: as `ModelJudge.judge`.
         """
         for key, verdict in self.store.get_many(self.by_key).items():
             self._has(key, verdict)
@@ -294,6 +290,8 @@ class _Asking:
                 while self.ready.qsize() >= width:
                     self.hungry.clear()
                     await self.hungry.wait()
+        except PapoError as error:
+            self.stop = self.stop or error
         finally:
             for _ in range(width):
                 self.ready.put_nowait(None)
@@ -303,7 +301,7 @@ class _Asking:
             self.hungry.set()
             try:
                 self._end(vote.key, await self._one(vote))
-            except (ServerDownError, BudgetError) as error:
+            except PapoError as error:
                 # The others end what they have begun, which is paid for; what was claimed is free when the store is closed.
                 self.stop = self.stop or error
                 self.feeder.cancel()
