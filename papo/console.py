@@ -19,6 +19,7 @@ from rich.text import Text
 
 from papo.calibration import MEASURES
 from papo.core.alarms import Alarm, onsets
+from papo.core.costs import money
 from papo.engines.policy import import_libraries
 from papo.inspection import Explained, Rederivation, Response
 from papo.session import Summary
@@ -226,6 +227,8 @@ def show_summary(summary: Summary) -> None:
         if rows:
             out.print(title, style="bold", highlight=False)
             out.print(_table(rows))
+    if summary.judging:
+        out.print(f"judge    {judging_words(summary.judging)}", highlight=False, soft_wrap=True)
     out.print(f"report   {summary.report}")
     if summary.link:
         out.print(f"MLflow   {summary.link}", soft_wrap=True)
@@ -390,6 +393,22 @@ def course_rows(summary: Summary) -> list[dict[str, str]]:
 def alarm_rows(begun: list[Alarm]) -> list[dict[str, str]]:
     """A row each time an alarm began to ring."""
     return [{"alarm": alarm.name, "from round": str(alarm.round), "evidence": alarm.evidence} for alarm in begun]
+
+
+def judging_words(judging: dict[str, float]) -> str:
+    """What a model that judges cost over a run, and what was saved, in money where it has a price."""
+    calls = f"{judging.get('calls', 0):,.0f} calls"
+    if failed := judging.get("calls_failed"):
+        calls += f", {failed:,.0f} without a verdict"
+    tokens = judging.get("prompt_tokens", 0) + judging.get("completion_tokens", 0)
+    spent = [calls, f"{tokens:,.0f} tokens", *([f"cost {money(judging['cost'])}"] if "cost" in judging else [])]
+    saved = []
+    for name, way in (("cache", "by the store"), ("not_asked", "by not asking")):
+        if f"{name}_saved" in judging:
+            saved.append(f"{money(judging[f'{name}_saved'])} {way}")
+        elif f"{name}_tokens" in judging:
+            saved.append(f"{judging[f'{name}_tokens']:,.0f} tokens {way}")
+    return ", ".join(spent) + (f"; saved {', '.join(saved)}" if saved else "")
 
 
 def rederivation_rows(rederivation: Rederivation) -> list[dict[str, str]]:

@@ -545,6 +545,9 @@ class TrackingParams(_Section):
     enabled: bool = True
     uri: str = "sqlite:///mlflow.db"
     experiment: str = "papo"
+    judge_traces: Share = Field(
+        0.01, description="Share of a model judge's calls that are kept as traces, at most 100 a round."
+    )
 
 
 class Params(_Section):

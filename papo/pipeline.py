@@ -404,6 +404,7 @@ def _report(params: Params, workspace: Workspace, context: Context, round_: None
     inputs = report.Inputs(
         params={key: value for key, value in params.flat().items() if not key.startswith("tracking.")},
         limits=params.alarms.model_dump(),
+        judging=_manifests(workspace, params, "prm.parquet"),
         advantages=_manifests(workspace, params, "advantages.parquet"),
         training=_manifests(workspace, params, "policy"),
         evaluation=workspace.evaluation / "metrics.json",

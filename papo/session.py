@@ -17,6 +17,7 @@ import psutil
 
 from papo.calibration import length_warnings
 from papo.core.alarms import ALARMS, Alarm, Limits, alarms, onsets
+from papo.core.costs import model_asked, totals
 from papo.engines.protocols import Tracker
 from papo.engines.versioning import Dvc, git_commit
 from papo.params import Params
@@ -29,10 +30,19 @@ from papo.store.manifest import Context, Manifest
 # What counts as work when the overhead of a run is stated: policy, verifier and judge.
 WORK = ("warmstart", "rollout", "score_orm", "score_prm", "train", "evaluate")
 
+# What of the judge's cost a run shows at its end, and the metrics of score_prm that it is the sum of.
+JUDGING = {
+    "judge_calls": ("calls",),
+    "judge_tokens": ("prompt_tokens", "completion_tokens"),
+    "judge_cost": ("cost",),
+    "judge_saved_by_store": ("cache_saved",),
+    "judge_saved_by_not_asking": ("not_asked_saved",),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a person wants to know at the end of a run."""
+    """What a person wants to know at the end of a run; `judging`: what the judge cost over all rounds, if a model was asked."""
 
     evaluation: dict[str, Any]
     first: dict[str, float]
@@ -45,6 +55,7 @@ class Summary:
     report: Path
     link: str | None
     dvc: str
+    judging: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def overhead_share(self) -> float:
@@ -72,12 +83,14 @@ class Session:
         tags: Mapping[str, str] | None = None,
         wait_s: float = 0.0,
     ) -> None:
-        self.params, self.workspace, self.context = params, workspace, context
+        self.params, self.workspace = params, workspace
+        self.context = dataclasses.replace(context, trace=tracker.trace)
         self._name, self._tracker, self._dvc, self._tags = name, tracker, dvc, dict(tags or {})
         self._lock = exclusive(workspace, wait_s=wait_s)
         self._held: list[tuple[Step, Manifest]] | None = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._history: list[dict[str, float]] = []
+        self._judging: list[Manifest] = []
         self._alarms: list[Alarm] = []
         self._ran = self._skipped = 0
         self._finished = False
@@ -119,6 +132,8 @@ class Session:
                 self._start_record()
         if step.stage == "advantage":
             self._watch(manifest)
+        if step.stage == "score_prm":
+            self._judging.append(manifest)
         self._record(step, manifest)
         return manifest
 
@@ -200,12 +215,24 @@ class Session:
             report=self.workspace.report / "index.html",
             link=self._tracker.link() if on_record else None,
             dvc=dvc,
+            judging=self._cost(),
         )
         if on_record:
-            self._tracker.finish("FINISHED", metrics | {"overhead_share": summary.overhead_share})
+            judged = {
+                name: sum(summary.judging.get(part, 0.0) for part in parts)
+                for name, parts in JUDGING.items()
+                if any(part in summary.judging for part in parts)
+            }
+            self._tracker.finish("FINISHED", metrics | judged | {"overhead_share": summary.overhead_share})
             self._recorded.write_text(self._record_name)
         self._finished = True
         return summary
+
+    def _cost(self) -> dict[str, float]:
+        """What the judge cost, in rounds that had been done before, too; nothing if no model was asked."""
+        metrics = [manifest.metrics for manifest in self._judging]
+        asked = any(map(model_asked, metrics))
+        return totals(metrics, [manifest.rows for manifest in self._judging]) if asked else {}
 
 
 def share_start(source: Workspace, target: Workspace) -> None:

@@ -108,6 +108,21 @@ def test_the_summary_shows_alarms_where_there_are_any(capsys: pytest.CaptureFixt
     assert "accuracy over 3 rounds is 0.12, and was 0.27 at its best" in text
 
 
+def test_the_summary_tells_what_a_model_that_judged_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    show_summary(summary())
+    assert "judge    " not in capsys.readouterr().out
+    cost = {"asked_share": 0.5, "calls": 12345.0, "prompt_tokens": 1e6, "completion_tokens": 234567.0, "cached_share": 0.1,
+            "cache_tokens": 5000.0, "not_asked_tokens": 60000.0}  # fmt: skip
+    show_summary(summary(judging=cost))
+    words = "12,345 calls, 1,234,567 tokens; saved 5,000 tokens by the store, 60,000 tokens by not asking\n"
+    assert f"judge    {words}" in capsys.readouterr().out
+    show_summary(
+        summary(judging=cost | {"calls_failed": 5.0, "cost": 1.23456, "cache_saved": 0.5, "not_asked_saved": 6.0})
+    )
+    words = "12,345 calls, 5 without a verdict, 1,234,567 tokens, cost 1.235; saved 0.5000 by the store, 6.000 by not asking"
+    assert f"judge    {words}\n" in capsys.readouterr().out
+
+
 def test_alarms_are_shown_as_they_began_and_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     show_alarms(9, [Alarm("collapse", 7, "first"), Alarm("collapse", 8, "second"), Alarm("judge_outage", 2, "third")])
     text = capsys.readouterr().out

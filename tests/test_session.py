@@ -20,7 +20,7 @@ from papo.params import load_params
 from papo.pipeline import Step, run_step, steps
 from papo.schemas import EVALUATION, PROBLEMS
 from papo.session import Session, Summary, lineage, share_start
-from papo.store.files import digest, read_json
+from papo.store.files import digest, read_json, write_json
 from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
 from papo.store.manifest import Context
@@ -44,6 +44,7 @@ class Recorder(NullTracker):
         self.tags: dict[str, str] = {}
         self.artifacts: list[str] = []
         self.metrics: dict[str, dict[str, float]] = {}
+        self.traced: list[Mapping[str, Any]] = []
         self._fail = fail
 
     def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
@@ -55,6 +56,9 @@ class Recorder(NullTracker):
     def stage(self, stage: str, round_: int | None, manifest: Mapping[str, Any]) -> None:
         self.calls.append(("stage", stage, round_))
         self.metrics[stage] = dict(manifest["metrics"])
+
+    def trace(self, call: Mapping[str, Any]) -> None:
+        self.traced.append(call)
 
     def tag(self, key: str, value: str) -> None:
         self.tags[key] = value
@@ -68,6 +72,7 @@ class Recorder(NullTracker):
 
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
         self.calls.append(("finish", status, sorted(metrics)))
+        self.metrics["run"] = dict(metrics)
 
 
 @pytest.fixture
@@ -96,6 +101,36 @@ def test_an_alarm_is_said_recorded_and_summed_up(here: Path) -> None:
     assert recorder.tags["papo.alarms"] == "signal_exhaustion from round 0"
     recorded = recorder.metrics["advantage"]
     assert (recorded["alarms"], recorded["alarm_signal_exhaustion"], recorded["alarm_collapse"]) == (1, 1, 0)
+
+
+def test_what_a_model_that_judges_cost_is_summed_up_recorded_and_reported(here: Path) -> None:
+    params, workspace = load_params(), Workspace(here)
+    whole = Context(work=here / ".papo")
+
+    def run_all() -> tuple[Summary, Recorder]:
+        recorder = Recorder()
+        with Session(params, workspace, name="a run", tracker=recorder, context=whole) as run:
+            run.context.trace({"key": "0"})
+            for step in steps(params):
+                run.step(step)
+            return run.finish(), recorder
+
+    recorded = here / ".papo/recorded"
+    recorded.unlink()
+    summary, recorder = run_all()
+    assert (summary.judging, recorder.traced) == ({}, [{"key": "0"}])
+    assert not [name for name in recorder.metrics["run"] if name.startswith("judge_")]
+
+    # As if a model had been asked: the round is found done, and its cost counts.
+    path = manifest_path(workspace.table(0, "prm"))
+    manifest = read_json(path)
+    cost = {"calls": 6.0, "calls_failed": 1.0, "prompt_tokens": 900.0, "completion_tokens": 100.0, "cost": 0.5}
+    write_json(path, manifest | {"metrics": manifest["metrics"] | cost | {"not_asked_saved": 2.5}})
+    summary, recorder = run_all()
+    assert summary.judging == manifest["metrics"] | cost | {"not_asked_saved": 2.5}
+    judged = {name: value for name, value in recorder.metrics["run"].items() if name.startswith("judge_")}
+    assert judged == {"judge_calls": 6, "judge_tokens": 1000, "judge_cost": 0.5, "judge_saved_by_not_asking": 2.5}
+    assert "What judging cost" in (workspace.report / "index.html").read_text()
 
 
 def test_alarms_of_a_workspace(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

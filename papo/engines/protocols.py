@@ -260,6 +260,14 @@ class Tracker(Protocol):
 
     def stage(self, stage: str, round_: int | None, manifest: Mapping[str, Any]) -> None: ...
 
+    def trace(self, call: Mapping[str, Any]) -> None:
+        """Notes one call of a model, at once and in any thread, whether or not the record has been started; some of them are kept.
+
+        Args:
+            call: `key` (hex digits of a digest), `name`, `inputs`, `outputs`, `attributes`, `started` (Unix seconds), `seconds`.
+        """
+        ...
+
     def tag(self, key: str, value: str) -> None: ...
 
     def artifact(self, path: Path) -> None: ...

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from papo.core.advantages import Advantages, compute_advantages
+from papo.core.advantages import Advantages, compute_advantages, process_needed
 from papo.core.credit import TokenAdvantages, split_steps, token_advantages, token_steps
 from papo.core.groups import FloatArray
 from papo.core.signals import round_signals, verification_flags
@@ -113,11 +113,14 @@ def by_tokens(
     Raises:
         DataError, ParamsError: as `run`.
     """
+    outcomes, ids = _scores(orm, "orm_score"), [row["problem_id"] for row in rollouts]
+    # Critiques that another variant asked for, of wrong responses for instance, do not make this one's result another.
+    debits = zip(_debits(rollouts, prm, path, engine), process_needed("capo", outcomes, ids), strict=True)
     return token_advantages(
-        _scores(orm, "orm_score"),
-        _debits(rollouts, prm, path, engine),
+        outcomes,
+        [debit if needed else None for debit, needed in debits],
         np.array([len(row["completion_ids"]) for row in rollouts]),
-        [row["problem_id"] for row in rollouts],
+        ids,
         w_whole=params.w_whole,
         w_proc=params.w_proc,
         scale=params.scale,

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from papo.core.alarms import Limits, fired, onsets
+from papo.core.costs import totals
 from papo.engines.reporting.page import render
 from papo.engines.reporting.plots import PLOTS, draw
 from papo.engines.reporting.results import EVALUATION, Calibration, Run
@@ -21,7 +22,7 @@ from papo.params import ReportParams
 from papo.store.files import read_json, replacing, write_json
 from papo.store.manifest import Context, Manifest, Task
 
-CODE = ("stages/report.py", "engines/reporting", "core/alarms.py")
+CODE = ("stages/report.py", "engines/reporting", "core/alarms.py", "core/costs.py")
 
 # Columns of rounds.csv that DVC's plots name; they are there even where a run has no such signal.
 PLOTTED = ("accuracy", "prm_mean_correct", "zero_advantage_share", "length_mean", "length_p95")
@@ -29,13 +30,14 @@ PLOTTED = ("accuracy", "prm_mean_correct", "zero_advantage_share", "length_mean"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Manifests of the advantages and of training by round, and the evaluation's metrics.json; `limits` of the alarms.
+    """Manifests of the process scores, the advantages and of training by round, and the evaluation's metrics.json; `limits` of the alarms.
 
     `calibrations`: those of the run's judge by name, as `papo calibrate-judge` wrote them; there may be none.
     """
 
     params: dict[str, Any]
     limits: dict[str, Any]
+    judging: dict[str, Path]
     advantages: dict[str, Path]
     training: dict[str, Path]
     evaluation: Path
@@ -71,6 +73,7 @@ def run(
 
 def _read(inputs: Inputs) -> Run:
     signals = [(int(key), _manifest(inputs.advantages[key])) for key in sorted(inputs.advantages, key=int)]
+    judging = [(int(key), _manifest(inputs.judging[key])) for key in sorted(inputs.judging, key=int)]
     training = [(int(key), _manifest(inputs.training[key])) for key in sorted(inputs.training, key=int)]
     steps = [{"round": float(key), **row} for key, manifest in training for row in manifest.history]
     try:
@@ -82,13 +85,17 @@ def _read(inputs: Inputs) -> Run:
             where=str(inputs.evaluation),
             fix="delete it and run `papo evaluate` again",
         ) from None
+    # In a table of all signals, the metrics of score_prm need a name that says whose they are.
+    cost = {key: {f"judge_{name}": value for name, value in manifest.metrics.items()} for key, manifest in judging}
     return Run(
         params=inputs.params,
-        rounds=[{"round": float(key), **manifest.metrics} for key, manifest in signals],
+        rounds=[{"round": float(key), **manifest.metrics, **cost.get(key, {})} for key, manifest in signals],
         steps=[{**row, "step": float(number)} for number, row in enumerate(steps, 1)],  # counted over the whole run
         evaluation=dict(sorted(evaluation.items(), key=lambda item: _place(item[0], inputs.params))),
         alarms=onsets(fired([manifest.metrics for _, manifest in signals], Limits(**inputs.limits))),
         calibrations=[_calibration(inputs.calibrations[name]) for name in sorted(inputs.calibrations)],
+        judging=[{"round": float(key), **manifest.metrics} for key, manifest in judging],
+        judging_total=totals([m.metrics for _, m in judging], [m.rows for _, m in judging]),
     )
 
 

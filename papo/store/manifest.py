@@ -77,7 +77,8 @@ def _no_progress(description: str, total: int) -> AbstractContextManager[Callabl
 class Context:
     """What a stage is given beside its params and inputs; none of it changes a result.
 
-    `begin` is called with the stage's name when there is something to do, before its time is taken.
+    `begin` is called with the stage's name when there is something to do, before its time is taken; `trace` once a call of a model, with
+    what `Tracker.trace` takes.
     """
 
     work: Path = Path(".papo")

@@ -1,6 +1,9 @@
-"""Calls a second of the chat client, and what they cost it: a server of 200 ms latency in another process, 64 calls at a time.
+"""Calls a second of the judge, and what they cost it: a server of 200 ms latency in another process, 64 calls at a time.
 
     python tests/benchmarks/bench_judge.py
+
+Two things are measured: the chat client alone, and the whole judge of score_prm with rubric, store of verdicts and ledger, followed by a
+second pass over the same responses, which the store answers.
 
 Ideal is concurrency / latency, with a client that takes no time. Prompts have the length of a rubric with a problem and a response; the CPU
 is that of the client's process, by its own clock and by psutil's. Which other processes run tells on the rate, hardly on the CPU a call.
@@ -13,6 +16,7 @@ import asyncio
 import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +27,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from servers.chat import ChatProcess, chat_process
 
 from papo.engines.chat import ChatClient, ChatRequest
-from papo.params import ChatParams
+from papo.engines.judges import make_judge
+from papo.engines.judges.model import Purpose
+from papo.engines.protocols import JudgeItem
+from papo.params import ChatParams, ScorePrmParams
 
 TASK = "You grade the reasoning of a response, step by step. " * 20
 RESPONSE = "[step 1] We add the two numbers and see that the sum is even. " * 40
+SOLUTION = "We add the two numbers and see that the sum is even.\n\n" * 20
 SCHEMA = {"type": "object", "properties": {"reason": {"type": "string"}, "verdict": {"enum": ["1", "0.5", "0"]}}}
 
 
@@ -66,8 +74,35 @@ def one_run(server: ChatProcess, calls: int, concurrency: int) -> Run:
     return Run(calls / wall, cpu / calls, (cpu_s(server.process.pid) - before) / calls, ok)
 
 
+class JudgeRun(NamedTuple):
+    """Calls a second and CPU seconds a call of the first pass, rows a second of the second."""
+
+    rate: float
+    client_s: float
+    again: float
+
+
+def one_judge_run(server: ChatProcess, calls: int, concurrency: int, folder: Path) -> JudgeRun:
+    server.set()
+    model = {"model": "m", "base_url": server.url, "concurrency": concurrency}
+    params = ScorePrmParams.model_validate({"judge": "model", "model": model})
+    items = [JudgeItem(f"What is {n} + {n}?", f"{n} + {n} is {2 * n}", f"{n}: {SOLUTION}") for n in range(calls)]
+    found, times = [], []
+    for _ in range(2):
+        judge = make_judge(params, Purpose(folder / "verdicts.sqlite"))
+        wall, cpu = time.perf_counter(), time.process_time()
+        found.append(judge.judge(items, lambda done: None))
+        times.append((time.perf_counter() - wall, time.process_time() - cpu))
+    assert [one.score for one in found[0]] == [one.score for one in found[1]]
+    assert {one.status for one in found[0]} == {"ok"}
+    assert server.seen.billed.total() == calls, "not one call a response in two passes"
+    assert server.seen.most <= concurrency
+    (first, cpu), (second, _) = times
+    return JudgeRun(calls / first, cpu / calls, calls / second)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Calls a second of the chat client.")
+    parser = argparse.ArgumentParser(description="Calls a second of the judge.")
     parser.add_argument("--calls", type=int, default=5_000)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--latency-s", type=float, default=0.2)
@@ -75,8 +110,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OPENAI_API_KEY", "none")
     ideal = args.concurrency / args.latency_s
-    with chat_process(latency_s=args.latency_s) as server:
-        runs = []
+    with chat_process(latency_s=args.latency_s, reply="servers.replies:levels") as server:
+        runs, judged = [], []
         for number in range(args.repeats):
             run = one_run(server, args.calls, args.concurrency)
             runs.append(run)
@@ -85,10 +120,21 @@ def main() -> None:
                 f"{1e3 * run.client_s:.2f} ms of CPU a call, {run.rate * run.client_s:.2f} cores; server {1e3 * run.server_s:.2f} ms; "
                 f"load {os.getloadavg()[0]:.1f}"
             )
+            with tempfile.TemporaryDirectory() as folder:
+                judge = one_judge_run(server, args.calls, args.concurrency, Path(folder))
+            judged.append(judge)
+            print(
+                f"       judge: {judge.rate:.0f} calls/s ({judge.rate / ideal:.1%}), {1e3 * judge.client_s:.2f} ms of CPU a call, "
+                f"{judge.rate * judge.client_s:.2f} cores; again from the store: {judge.again:.0f} rows/s, no call"
+            )
     rate, client_s = (statistics.median(column) for column in list(zip(*runs, strict=True))[:2])
     print(
-        f"median: {rate:.0f} calls/s, {rate / ideal:.1%} of the ideal; {rate * client_s:.2f} cores, "
+        f"median, client: {rate:.0f} calls/s, {rate / ideal:.1%} of the ideal; {rate * client_s:.2f} cores, "
         f"and {ideal * client_s:.2f} at the ideal rate"
+    )
+    rate, client_s, again = (statistics.median(column) for column in zip(*judged, strict=True))
+    print(
+        f"judge: {rate:.0f} calls/s, {rate / ideal:.1%} of the ideal, {rate * client_s:.2f} cores; again {again:.0f} rows/s"
     )
 
 

@@ -84,7 +84,7 @@ def test_a_verdict_is_the_value_of_its_level(judge: Callable[..., ModelJudge], s
     assert [one.score for one in judged(asking, "good", "bad", "a middling one")] == [1.0, 0.0, 0.5]
     one = judged(asking, "good")[0]
     assert (one.status, one.reason, one.votes, one.wrong_steps) == ("ok", "because", [1.0], None)
-    body = server.asked[0]["body"]
+    body = next(asked["body"] for asked in server.asked if "[step 1] good" in asked["body"]["messages"][1]["content"])
     assert one.prompt_tokens == sum(len(message["content"]) for message in body["messages"]) // 4
     assert one.completion_tokens > 0
     assert body["response_format"]["json_schema"]["schema"]["properties"]["verdict"]["enum"]

@@ -20,7 +20,7 @@ from papo.params import Params, TrackingParams
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Run, Trace
 
 DIGESTS = {name: name * 64 for name in "abcdef"}
 POLICY_STEPS = 5
@@ -141,6 +141,124 @@ def test_a_run_is_a_parent_and_a_child_a_stage(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.svg", "report"], "nothing lands where the run is"
     assert "papo-seed0" in str(tracker.link())
     assert f"mlflow ui --backend-store-uri {params.uri}" in str(tracker.link())
+
+
+def call(number: int, round_: int = 0, **change: Any) -> dict[str, Any]:
+    """A model's call; the keys of the numbers 0 to 255 are spread evenly."""
+    attributes = {"model": "judge-7b", "rubric": "levels/1", "status": "ok", "tries": 1, "prompt_tokens": 700,
+                  "completion_tokens": 40, "cost": 0.25, "round": round_, "variant": "papo", "vote": 0}  # fmt: skip
+    return {
+        "key": f"{number:02x}" + "5" * 62,
+        "name": "judge",
+        "inputs": {"system": "You judge.", "user": f"Response {number}"},
+        "outputs": {"text": '{"score": 0.5}'},
+        "attributes": attributes | change,
+        "started": 1_700_000_000.25 + number,
+        "seconds": 1.5,
+    }
+
+
+def traces(client: MlflowClient, run: Run) -> list[Trace]:
+    found = client.search_traces(locations=[run.info.experiment_id], run_id=run.info.run_id, max_results=500)
+    return sorted(found, key=lambda trace: trace.info.request_time)
+
+
+def test_calls_of_a_model_become_traces_of_the_run(client: MlflowClient, params: TrackingParams) -> None:
+    tracker = make_tracker(params.model_copy(update={"judge_traces": 1.0}), warn=no_warning)
+    tracker.trace(call(0))  # before the record is opened
+    tracker.start("run", {}, {"papo.lineage": "abc"})
+    odd = "half a pair: \ud800, nothing: \0, kana: \u3042"
+    failed = {"inputs": {"system": "", "user": odd}, "outputs": {"text": None}}
+    tracker.trace(call(1, status="timeout", cost=None) | failed)
+    tracker.stage("score_prm", 0, manifest("score_prm", 0, metrics={"calls": 2.0, "cost": 0.5, "prompt_tokens": 9.0}))
+    tracker.finish("FINISHED", {})
+
+    [parent], _ = runs(client, params)
+    assert parent.data.metrics == {"score_prm/calls": 2.0, "score_prm/cost": 0.5}
+    first, second = traces(client, parent)
+    tags = {"papo.lineage": "abc", "papo.round": "0", "papo.variant": "papo", "papo.status": "ok"}
+    assert first.info.tags.items() >= tags.items()
+    times = (first.info.request_time, first.info.execution_duration)
+    assert (first.info.state.value, *times) == ("OK", 1_700_000_000_250, 1500)
+    assert first.info.token_usage == {"input_tokens": 700, "output_tokens": 40, "total_tokens": 740}
+    assert (first.info.request_preview, first.info.response_preview) == ("Response 0", '{"score": 0.5}')
+    [span] = first.data.spans
+    assert (span.name, span.inputs) == ("judge", {"system": "You judge.", "user": "Response 0"})
+    assert span.outputs == {"text": '{"score": 0.5}'}
+    assert (span.start_time_ns, span.end_time_ns) == (1_700_000_000_250_000_000, 1_700_000_001_750_000_000)
+    told = [span.get_attribute(name) for name in ("model", "rubric", "tries", "cost", "vote")]
+    assert told == ["judge-7b", "levels/1", 1, 0.25, 0]
+    assert (second.info.state.value, second.info.tags["papo.status"]) == ("ERROR", "timeout")
+    assert second.data.spans[0].inputs["user"] == odd
+    found = client.search_traces(locations=[parent.info.experiment_id], filter_string="tags.`papo.status` = 'timeout'")
+    assert [trace.info.trace_id for trace in found] == [second.info.trace_id]
+
+
+def test_a_share_of_the_calls_is_kept_and_no_more_than_a_hundred_a_round(
+    client: MlflowClient, params: TrackingParams
+) -> None:
+    tracker = make_tracker(params.model_copy(update={"judge_traces": 0.5}), warn=no_warning)
+    tracker.start("run", {}, {})
+    for number in reversed(range(256)):  # in whatever order the replies come
+        tracker.trace(call(number))
+    for number in range(100, 256):
+        tracker.trace(call(number, 1))
+    for round_ in (0, 1):
+        tracker.stage("score_prm", round_, manifest("score_prm", round_))
+    tracker.finish("FINISHED", {})
+
+    [parent], _ = runs(client, params)
+    users: dict[str, list[str]] = {"0": [], "1": []}
+    for trace in traces(client, parent):
+        users[trace.info.tags["papo.round"]].append(trace.data.spans[0].inputs["user"])
+    assert users["0"] == [f"Response {number}" for number in range(100)]
+    assert users["1"] == [f"Response {number}" for number in range(100, 128)]
+
+
+def test_a_share_of_none_keeps_none(client: MlflowClient, params: TrackingParams) -> None:
+    tracker = make_tracker(params.model_copy(update={"judge_traces": 0.0}), warn=no_warning)
+    tracker.start("run", {}, {})
+    tracker.trace(call(0) | {"key": "0" * 64})
+    tracker.stage("score_prm", 0, manifest("score_prm", 0))
+    tracker.finish("FINISHED", {})
+    [parent], _ = runs(client, params)
+    assert not traces(client, parent)
+
+
+def test_nothing_is_written_while_a_judge_waits(client: MlflowClient, params: TrackingParams) -> None:
+    tracker = make_tracker(params.model_copy(update={"judge_traces": 1.0}), warn=no_warning)
+    tracker.start("run", {}, {})
+    tracker.trace(call(0, 1))
+    tracker.stage("score_prm", 0, manifest("score_prm", 0))
+    tracker.stage("advantage", 1, manifest("advantage", 1))
+    assert isinstance(tracker, BackgroundTracker)
+    tracker._jobs.put(("look", lambda: seen.append(len(traces(client, runs(client, params)[0][0])))))
+    seen: list[int] = []
+    tracker.stage("score_prm", 1, manifest("score_prm", 1))
+    tracker.finish("FINISHED", {})
+    assert seen == [0]
+    assert len(traces(client, runs(client, params)[0][0])) == 1
+
+
+def test_a_run_that_is_taken_up_writes_no_trace_twice_and_keeps_to_the_limit(
+    client: MlflowClient, params: TrackingParams
+) -> None:
+    params = params.model_copy(update={"judge_traces": 1.0})
+
+    def start(numbers: range, end: str) -> list[int]:
+        tracker = make_tracker(params, warn=no_warning)
+        tracker.start("run", {}, {"papo.lineage": "abc"})
+        for number in numbers:
+            tracker.trace(call(number))
+        if end == "FINISHED":  # else the judge's stage fails
+            tracker.stage("score_prm", 0, manifest("score_prm", 0))
+        tracker.finish(end, {})
+        [parent], _ = runs(client, params)
+        return [trace.info.request_time // 1000 - 1_700_000_000 for trace in traces(client, parent)]
+
+    assert start(range(40), "FAILED") == list(range(40))
+    assert start(range(20, 60), "FAILED") == list(range(60))
+    assert start(range(256), "FINISHED") == list(range(100))
 
 
 def test_datasets_carry_digests_that_lead_from_stage_to_stage(client: MlflowClient, params: TrackingParams) -> None:
@@ -300,6 +418,9 @@ class Recorder:
     def stage(self, stage: str, round_: int | None, manifest: Mapping[str, Any]) -> None:
         self._call("stage")
 
+    def trace(self, call: Mapping[str, Any]) -> None:
+        self._call("trace")
+
     def tag(self, key: str, value: str) -> None:
         self._call("tag")
 
@@ -376,6 +497,44 @@ def test_one_refused_call_does_not_end_the_record(fails: str) -> None:
     [warning] = warnings
     assert warning.startswith(f"MLflow did not record {fails}")
     assert "secret" not in warning
+
+
+def test_a_trace_that_cannot_be_kept_is_told_once_and_stops_nothing() -> None:
+    warnings: list[str] = []
+    recorder = Recorder(fails="trace")
+    tracker = background(recorder, warnings.append)
+    tracker.start("run", {}, {})
+    for number in range(3):
+        tracker.trace(call(number))
+    tracker.finish("FINISHED", {})
+    assert sorted(recorder.calls) == ["finish", "start", "trace", "trace", "trace"]
+    assert warnings == [
+        "MLflow did not record trace: no trace at http://***@host/; the run and the rest of its record go on"
+    ]
+    tracker.trace(call(3))
+    assert recorder.calls.count("trace") == 3, "nothing follows the end"
+
+
+def test_traces_that_are_refused_leave_the_rest_of_the_record(
+    client: MlflowClient, params: TrackingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracing.client import TracingClient
+
+    def refuse(*arguments: object) -> None:
+        raise ValueError("too large")
+
+    monkeypatch.setattr(TracingClient, "log_spans", refuse)
+    warnings: list[str] = []
+    tracker = make_tracker(params.model_copy(update={"judge_traces": 1.0}), warn=warnings.append)
+    tracker.start("run", {}, {})
+    tracker.trace(call(0))
+    tracker.stage("score_prm", 0, manifest("score_prm", 0, metrics={"calls": 1.0}))
+    tracker.stage("train", 0, manifest("train", 0, metrics={"loss": 0.5}))
+    tracker.finish("FINISHED", {})
+    assert warnings == ["MLflow did not record stage score_prm: too large; the run and the rest of its record go on"]
+    [parent], children = runs(client, params)
+    assert (parent.info.status, children["score_prm"].data.metrics["calls"]) == ("FINISHED", 1.0)
+    assert parent.data.metrics == {"score_prm/calls": 1.0, "train/loss": 0.5}
 
 
 def test_a_backend_that_falls_far_behind_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,8 +69,13 @@ def inputs(
     *,
     steps: int = 2,
     params: dict[str, Any] | None = None,
+    judging: list[dict[str, float]] | None = None,
 ) -> report.Inputs:
-    advantages, training = {}, {}
+    advantages, training, judged = {}, {}, {}
+    for k, row in enumerate(judging or []):
+        judged[str(k)] = manifest(
+            folder / str(k) / "prm.manifest.json", stage="score_prm", round=k, metrics=row, rows=100
+        )
     for k, row in enumerate(rounds):
         advantages[str(k)] = manifest(folder / str(k) / "advantages.manifest.json", round=k, metrics=row)
         history = [step(number) for number in range(1, steps + 1)]
@@ -78,7 +83,7 @@ def inputs(
     write_json(folder / "metrics.json", evaluation or {"sums": benchmark(0.4, 0.55)})
     given = Params()
     shown, limits = given.flat() | (params or {}), given.alarms.model_dump()
-    return report.Inputs(shown, limits, advantages, training, folder / "metrics.json")
+    return report.Inputs(shown, limits, judged, advantages, training, folder / "metrics.json")
 
 
 def make(folder: Path, given: report.Inputs, title: str = "A run") -> str:
@@ -155,6 +160,52 @@ def test_the_page_tells_how_far_the_judge_can_be_trusted(tmp_path: Path) -> None
     assert "mine 500 2.0 % 0.50 [0.40, 0.60] 0.50 [0.40, 0.60] - -0.10 0.50" in seen
     assert seen.index("mine 500") < seen.index("sums 500")
     assert "sums: a <note>." in seen
+
+
+ASKED = {
+    "asked_share": 0.4, "calls": 1234.0, "calls_failed": 3.0, "prompt_tokens": 1_234_567.0, "completion_tokens": 89_012.0,
+    "cached_share": 0.125, "cache_tokens": 50_000.0, "not_asked_calls": 1800.0, "not_asked_tokens": 1_900_000.0,
+}  # fmt: skip
+PRICED = ASKED | {"cost": 0.0012345, "cache_saved": 12.0, "not_asked_saved": 3456.78}
+
+
+def test_the_page_tells_what_judging_cost_by_round_and_in_total(tmp_path: Path) -> None:
+    second = PRICED | {"cost": 1.0, "calls": 6.0, "vote_agreement": 0.9, "asked_share": 0.2}
+    given = inputs(tmp_path, [signals(0), signals(1)], judging=[PRICED, second])
+    seen = text(make(tmp_path, given))
+    assert (
+        "The judge What judging cost, by round Round Asked Calls Failed Tokens in Tokens out Cost From the store"
+        in seen
+    )
+    assert "All 30.0 % 1,240 6 2,469,134 178,024 1.001 12.5 % 24.00 6,914 90.0 % 0 40.0 % 1,234 3" in seen
+    assert "0 40.0 % 1,234 3 1,234,567 89,012 0.001234 12.5 % 12.00 3,457 1 20.0 % 6 3" in seen
+    assert "Tokens saved" not in seen
+    assert "score_prm.prices" in seen
+    assert "was asked about" not in seen
+    table = rows(tmp_path / "report/rounds.csv")
+    assert [row["judge_cost"] for row in table] == ["0.0012345", "1.0"]
+    assert [row["judge_vote_agreement"] for row in table] == ["", "0.9"]
+    assert [row["accuracy"] for row in table] == ["0.3", "0.35"]
+
+
+def test_a_model_without_a_price_saves_tokens(tmp_path: Path) -> None:
+    given = inputs(tmp_path, [signals(0), signals(1)], judging=[ASKED, {"asked_share": 0.0}])
+    seen = text(make(tmp_path, given))
+    assert "From the store Tokens saved by the store Tokens saved by not asking All 20.0 % 1,234 3" in seen
+    assert "0 40.0 % 1,234 3 1,234,567 89,012 12.5 % 50,000 1,900,000 Calls and tokens" in seen, (
+        "a round in which nothing was asked has no row"
+    )
+    assert "Cost" not in seen
+    assert "score_prm.prices" not in seen
+
+
+def test_of_a_judge_that_costs_nothing_the_page_tells_how_often_it_was_asked(tmp_path: Path) -> None:
+    given = inputs(tmp_path, [signals(0), signals(1)], judging=[{"asked_share": 0.5}, {"asked_share": 0.25}])
+    seen = text(make(tmp_path, given))
+    assert "The judge was asked about 37.5 % of the responses of the run." in seen
+    assert "What judging cost" not in seen
+    unused = inputs(tmp_path, [signals(0)], judging=[{"asked_share": 0.0}], params={"advantage.variant": "orm"})
+    assert "The judge was asked" not in text(make(tmp_path, unused))
 
 
 def test_a_damaged_calibration_is_named(tmp_path: Path) -> None:

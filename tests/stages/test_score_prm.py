@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from papo.engines.protocols import JudgeItem, Judgement, Progress
@@ -13,6 +14,7 @@ from papo.errors import DataError, FailedRowsError
 from papo.params import AdvantageParams, ScorePrmParams, Variant
 from papo.schemas import ADVANTAGES, PRM, PROBLEMS, Grading
 from papo.stages import advantage, score_prm
+from papo.store.layout import manifest_path
 from papo.store.manifest import Context, Manifest
 from papo.store.tables import read_rows, write_rows
 
@@ -111,6 +113,56 @@ def test_the_rows(tmp_path: Path, small_round: Any, context: Context) -> None:
     }  # fmt: skip
     assert [rows[n]["prm_score"] for n in (1, 3)] == [0.5, 1.0]
     assert [rows[n]["wrong_steps"] for n in (1, 2, 3)] == [None, None, [0.0, 0.5]]
+
+
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_to_ask_only_what_counts_changes_no_advantage(
+    tmp_path: Path, small_round: Any, context: Context, variant: Variant
+) -> None:
+    """Groups of every kind, a judge that fails now and then: the tables are those of a judge that was asked about everything."""
+    small_round.group, small_round.answers = 8, {f"{n}+1=?\n": str(n + 1) for n in range(40)}
+    random = np.random.default_rng(7)
+    outcomes = [None if draw < 0.03 else float(draw < 0.5) for draw in random.random(320)]
+    texts = [f"step {n}\nand another" for n in range(320)]
+    scores = random.choice([0.0, 0.5, 1.0, np.nan], 320)
+    judgements = [
+        Judgement(None, "timeout", "")
+        if np.isnan(score)
+        else Judgement(score, "ok", "", wrong_steps=[1.0 - score, 0.0])
+        for score in scores
+    ]
+
+    class Judge(FakeJudge):
+        def judge(self, items: Sequence[JudgeItem], progress: Progress) -> list[Judgement]:
+            self.asked += items
+            return [judgements[texts.index(item.response)] for item in items]
+
+    class Aligner:
+        def starts(self, completion_ids: Sequence[int], completion: str) -> list[int]:
+            return [0, len(completion) - 3]
+
+        def versions(self) -> dict[str, str]:
+            return {}
+
+    rollouts = small_round.rollouts(completion=texts, completion_ids=[[1, 2]] * 320)
+    orm, problems = small_round.orm(outcomes), small_round.problems()
+    found, asked = [], []
+    for asking in (variant, "prm"):  # the second asks about everything
+        out, judge = tmp_path / asking / "prm.parquet", Judge()
+        inputs = score_prm.Inputs(0, asking, rollouts, orm, problems)
+        score_prm.run(ScorePrmParams(max_failed_share=1.0), inputs, out, engine=judge, context=context)
+        params = AdvantageParams(variant=variant, lam=0.5)
+        tokenizer = rollouts if variant == "capo" else None
+        table = out.with_name("advantages.parquet")
+        sources = advantage.Inputs(0, rollouts, orm, out, tokenizer)
+        advantage.run(params, sources, table, engine=Aligner() if tokenizer else None, context=context)
+        found.append(table.read_bytes())
+        asked.append(len(judge.asked))
+        manifest_path(out).unlink()
+    assert found[0] == found[1]
+    assert asked[1] == 320
+    assert asked[0] == {"orm": 0, "prm": 320, "gdpo": 320}.get(variant, asked[0]) < 321
+    assert any(row["advantage"] for row in read_rows(table, ADVANTAGES))
 
 
 def test_a_second_run_asks_nothing_and_another_variant_does(tmp_path: Path, small_round: Any, context: Context) -> None:

@@ -114,6 +114,7 @@ def test_each_failed_call_for_a_key_counts_and_its_claim_goes_on(store: VerdictS
     assert store.claim([key(1)], mine) == {key(1)}
     store.charge(failed(1))
     store.charge(failed(1))
+    assert store.paid_keys("nightly", 0) == set()
     assert store.claim([key(1)], new_owner()) == set()
     assert store.stats().claims == 1
     store.put(verdict(1), call(1))
@@ -274,16 +275,26 @@ def test_an_event_loop_keeps_and_charges_many_at_once(store: VerdictStore) -> No
 def test_a_write_that_fails_says_so_to_each_thread_and_records_neither(
     store: VerdictStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    batches: list[int] = []
+
+    def fail(_: sqlite3.Connection, calls: list[PaidCall]) -> None:
+        batches.append(len(calls))
+        time.sleep(0.05)
         raise SetupError("the disk is full")
 
-    with monkeypatch.context() as patch:
+    def pay(number: int) -> None:
+        if number % 2:
+            with pytest.raises(SetupError):
+                store.put(verdict(number), call(number))
+        else:
+            with pytest.raises(SetupError):
+                store.charge(failed(number))
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(16) as threads:
         patch.setattr(verdicts, "write_calls", fail)
-        with pytest.raises(SetupError):
-            store.put(verdict(1), call(1))
-        with pytest.raises(SetupError):
-            store.charge(failed(2))
-    assert store.get_many([key(1)]) == {}
+        list(threads.map(pay, range(32)))
+    assert max(batches) > 1
+    assert store.get_many(map(key, range(32))) == {}
     assert store.spent("nightly") == NOTHING
     store.put(verdict(1), call(1))
     assert store.spent("nightly").calls == 1
@@ -452,6 +463,18 @@ def test_calls_on_both_sides_of_a_damaged_page_are_taken_over_once_each(
         store.put(verdict(600), call(600))
         assert store.spent("nightly").calls == spent.calls + 1
     assert len(list(path.parent.glob("*.damaged-*.sqlite"))) == 1
+
+
+def test_calls_that_are_whole_are_taken_over_once_where_verdicts_are_damaged(path: Path, warned: list[str]) -> None:
+    fill(path, 600)
+    content = path.read_bytes()
+    some = [start for start in range(4096, len(content), 4096) if content[start : start + 4096].count(b"answer") > 4]
+    destroy(path, (some[len(some) // 2] + 1) / len(content), 1)
+    with VerdictStore.open(path, warn=warned.append) as store:
+        assert 550 < len(store.get_many(map(key, range(600)))) < 600
+        assert store.spent("nightly") == Spent(600, 0, 540_000, 48_000, math.fsum([0.1] * 600))
+        assert store.paid_keys("nightly", 0) == set(map(key, range(600)))
+    assert len(warned) == 1
 
 
 def test_a_damaged_call_is_named_and_in_no_sum(store: VerdictStore, path: Path, warned: list[str]) -> None:

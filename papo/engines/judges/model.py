@@ -48,14 +48,15 @@ class Purpose:
 
     Args:
         run: name of the run that pays; a stage that is started again goes on with the name.
+        round: -1 outside of rounds.
         warn: told of damage to the store.
         trace: told of every call, with what was sent and what came.
     """
 
     store: Path
-    run: str = ""
-    round: int = 0
-    variant: str = ""
+    run: str = "no run"
+    round: int = -1
+    variant: str = "none"
     warn: Callable[[str], None] = lambda message: None
     trace: Callable[[Mapping[str, Any]], None] = lambda call: None
 
@@ -107,9 +108,11 @@ class ModelJudge:
     def check(self) -> None:
         """
         Raises:
-            SetupError: a package is not installed, or there is no key, or it cannot be one.
+            SetupError: a package is not installed, or there is no key, or it cannot be one; or the store cannot be written.
+            UserError: what is named as the store is none.
         """
         self._client.check()
+        VerdictStore.open(self._purpose.store, warn=self._purpose.warn).close()
 
     def versions(self) -> dict[str, str]:
         return {"openai": metadata.version("openai")}
@@ -118,7 +121,7 @@ class ModelJudge:
         """One judgement an item, in order.
 
         Raises:
-            SetupError: as `check`; no server and no key is needed where all is stored.
+            SetupError, UserError: as `check`; no server and no key is needed where all is stored.
             ServerDownError: the server does not answer; started again, the judge goes on where it was.
             BudgetError: a further call could cost more than is left.
         """
@@ -186,7 +189,7 @@ class ModelJudge:
             "calls_failed": spent.failed,
             "prompt_tokens": spent.prompt_tokens,
             "completion_tokens": spent.completion_tokens,
-            "cost": spent.cost if price else None,
+            "cost": (spent.cost or 0.0) if price else None,
             "cached_share": sum(cached) / len(uses) if uses else None,
             "cache_tokens": sum(count for count, is_cached in zip(tokens, cached, strict=True) if is_cached),
             "cache_saved": math.fsum(c for c, is_cached in zip(costs, cached, strict=True) if is_cached)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from papo.engines.reporting.judging import asked_sentence, judging_table
 from papo.engines.reporting.plots import DARK, LIGHT, Plot
 from papo.engines.reporting.results import Benchmark, Estimate, Run
 
@@ -46,6 +47,8 @@ def render(title: str, shown: Run, plots: Sequence[tuple[Plot, str | None]]) -> 
         rounds=shown.rounds,
         evaluation=shown.evaluation,
         calibrations=shown.calibrations,
+        judging=judging_table(shown),
+        asked=asked_sentence(shown),
         params=shown.params,
     )
     return page + "\n"

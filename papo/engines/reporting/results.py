@@ -149,7 +149,10 @@ EVALUATION = TypeAdapter(Annotated[dict[str, Benchmark], Field(min_length=1)])
 
 @dataclass(frozen=True)
 class Run:
-    """What the page tells: a row of signals a round, a row of metrics an optimizer step, benchmarks by name, alarms as they began."""
+    """What the page tells: a row of signals a round, a row of metrics an optimizer step, benchmarks by name, alarms as they began.
+
+    `judging`: a row of the metrics of score_prm a round; `judging_total`: the same over the run.
+    """
 
     params: dict[str, Any]
     rounds: Rows
@@ -157,6 +160,8 @@ class Run:
     evaluation: dict[str, Benchmark]
     alarms: list[Alarm] = field(default_factory=list)
     calibrations: list[Calibration] = field(default_factory=list)
+    judging: Rows = field(default_factory=list)
+    judging_total: dict[str, float] = field(default_factory=dict)
 
     def signal(self, name: str) -> FloatArray:
         """One value a round, from 0 to the last; NaN where the signal is absent."""

@@ -42,6 +42,8 @@ class NullTracker:
 
     def stage(self, stage: str, round_: int | None, manifest: Mapping[str, Any]) -> None: ...
 
+    def trace(self, call: Mapping[str, Any]) -> None: ...
+
     def tag(self, key: str, value: str) -> None: ...
 
     def artifact(self, path: Path) -> None: ...
@@ -69,7 +71,7 @@ class BackgroundTracker:
     asked whether it still knows the run. If so, that one call is missing from the record; if not, no more are made.
 
     Args:
-        backend: where the record goes. Only the worker thread calls it, but for `link`.
+        backend: where the record goes. Only the worker thread calls it, but for `link`, and for `trace`, which only notes the call.
         where: its address, for messages.
         warn: told of each kind of failure once, in the thread of the run, by the next call of any method.
         connect: seconds that `finish` waits for the answer to `start`.
@@ -101,6 +103,15 @@ class BackgroundTracker:
 
     def stage(self, stage: str, round_: int | None, manifest: Mapping[str, Any]) -> None:
         self._put(f"stage {stage}", partial(self._backend.stage, stage, round_, dict(manifest)))
+
+    def trace(self, call: Mapping[str, Any]) -> None:
+        # Not by the queue: a judge makes more calls than may wait, and may make them before the record is opened.
+        if self._out.is_set():
+            return
+        try:
+            self._backend.trace(call)
+        except Exception as error:
+            self._refuse("trace", _brief(error))
 
     def tag(self, key: str, value: str) -> None:
         self._put(f"tag {key}", partial(self._backend.tag, key, value))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from papo.engines.tracking import without_password
+from papo.engines.tracking.traces import PER_ROUND, Sample, trace, trace_id
 from papo.params import TrackingParams
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ ENVIRONMENT = {
 }
 """Defaults; what the environment already says stays."""
 
-METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
+METRICS_PER_BATCH, PARAMS_PER_BATCH, SPANS_PER_BATCH = 1000, 100, 10
 PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 8000, 250, 36
 
 LINEAGE, KIND = "papo.lineage", "papo.kind"
@@ -62,6 +63,7 @@ MIRRORED = {
         "verification_share",
     ),
     "train": ("loss", "grad_norm", "clipped_share", "approx_kl", "entropy"),
+    "score_prm": ("calls", "cost", "cached_share", "cache_saved", "not_asked_saved", "asked_share"),
 }
 """Metrics by stage that the parent run shows too, so that the comparison of two runs draws their curves."""
 
@@ -88,6 +90,8 @@ class MlflowTracker:
         self._children: dict[str, str] = {}
         self._points: dict[str, set[tuple[str, int]]] = {}
         self._round = 0
+        self._sample = Sample(params.judge_traces)
+        self._taken_up = False
 
     def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Creates the parent run, or takes up the unfinished one of the same lineage.
@@ -116,7 +120,10 @@ class MlflowTracker:
         self._client.get_run(self._parent)
 
     def stage(self, stage: str, round_: int | None, manifest: Mapping[str, Any]) -> None:
-        """Writes a manifest to the stage's child run: `metrics` at step `round_`, `history` as `steps/..`, datasets."""
+        """Writes a manifest to the stage's child run: `metrics` at step `round_`, `history` as `steps/..`, datasets.
+
+        The traces of a round's calls are written with the manifest of score_prm, when no judge waits for replies.
+        """
         from mlflow.entities import DatasetInput
 
         self._round = max(self._round, round_ or 0)
@@ -131,6 +138,12 @@ class MlflowTracker:
         if datasets:
             self._client.log_inputs(child, datasets)
         self._log_points(self._parent, [(key, value, step) for key, value in _mirrored(stage, metrics)])
+        if stage == "score_prm":
+            self._write_traces(round_)
+
+    def trace(self, call: Mapping[str, Any]) -> None:
+        """Keeps the call in memory if it is one of those that are written."""
+        self._sample.add(call)
 
     def tag(self, key: str, value: str) -> None:
         self._client.set_tag(self._parent, key, value[:TAG_LENGTH])
@@ -170,10 +183,15 @@ class MlflowTracker:
         self._client.finalize_logged_model(entry.model_id, LoggedModelStatus.READY)
 
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
-        """Writes the final metrics and ends the run and its stages as FINISHED, FAILED or KILLED."""
+        """Writes the final metrics and ends the run and its stages as FINISHED, FAILED or KILLED.
+
+        Calls of a round whose stage did not end get their traces here.
+        """
         self._log_points(self._parent, [(key, value, self._round) for key, value in metrics.items()])
         for run in (*self._children.values(), self._parent):
             self._client.set_terminated(run, status=status)
+        for round_ in self._sample.rounds():
+            self._write_traces(round_)
 
     def link(self) -> str | None:
         """A URL where a server has one, else the command that shows the run."""
@@ -220,6 +238,7 @@ class MlflowTracker:
             }
             self._client.update_run(identifier, status="RUNNING")
         self._client.log_batch(run.info.run_id, tags=_tag_entities(self._tags))
+        self._taken_up = True
 
     def _child(self, stage: str, manifest: Mapping[str, Any]) -> str:
         if stage not in self._children:
@@ -248,6 +267,32 @@ class MlflowTracker:
         for batch in _batches(_entities((key, value, step) for (key, step), value in new.items()), METRICS_PER_BATCH):
             self._client.log_batch(run, metrics=batch)
             known |= {(point.key, point.step) for point in batch}
+
+    def _write_traces(self, round_: int | None) -> None:
+        """Writes the calls of a round that the run does not have, as many as there is room for."""
+        from mlflow.tracing.client import TracingClient
+
+        calls = self._sample.take(round_)
+        if not calls:
+            return
+        there = self._traces_of(round_) if self._taken_up else set()
+        new = [call for call in calls if trace_id(call, self._parent) not in there][: PER_ROUND - len(there)]
+        tags = {LINEAGE: self._tags[LINEAGE]} if LINEAGE in self._tags else {}
+        # Not MlflowClient.start_trace: its spans go to the global tracking URI, and its failures to a log.
+        client = TracingClient(self._uri)
+        for batch in _batches(new, SPANS_PER_BATCH):
+            made = [trace(call, run=self._parent, experiment=self._experiment, tags=tags) for call in batch]
+            for info, _ in made:
+                client.start_trace(info)
+            client.log_spans(self._experiment, [span for _, span in made])
+
+    def _traces_of(self, round_: int | None) -> set[str]:
+        condition = None if round_ is None else f"tags.`papo.round` = '{round_}'"
+        found = self._client.search_traces(
+            locations=[self._experiment], run_id=self._parent, filter_string=condition,
+            include_spans=False, max_results=PER_ROUND,
+        )  # fmt: skip
+        return {one.info.trace_id for one in found}
 
     def _policies(self) -> set[str]:
         """Names of the policies of this run that are whole."""
