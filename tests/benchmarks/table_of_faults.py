@@ -18,7 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from judging import REPLY, attempts, delivered, judging, paid_tries, prm_rows, run_stage, store_of, write_round
+from judging import (
+    CONCURRENCY,
+    REPLY,
+    attempts,
+    delivered,
+    judging,
+    paid_tries,
+    prm_rows,
+    run_stage,
+    store_of,
+    write_round,
+)
 from servers.chat import FAULTS, ChatProcess, chat_process
 
 import papo.engines.chat
@@ -161,8 +172,11 @@ def cells_of(cell: Cell) -> list[str]:
 
 
 def line_of(matrix: Matrix, fault: str, when: str) -> str:
-    stop = "-" if fault == "none" else matrix.stop(fault, when)
-    return " | ".join([RATES[when] if fault != "none" else "-", *cells_of(matrix.cell(fault, when)), stop])
+    cells = cells_of(matrix.cell(fault, when))
+    if fault == "no-schema":
+        assert int(cells[1]) <= matrix.requests + CONCURRENCY
+        cells[1] = f"up to {matrix.requests + CONCURRENCY}"
+    return " | ".join(["-", *cells, "-"] if fault == "none" else [RATES[when], *cells, matrix.stop(fault, when)])
 
 
 HEAD = [

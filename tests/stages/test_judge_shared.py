@@ -16,7 +16,6 @@ from judging import (
     papo_forks,
     prm_rows,
     score_prm_command,
-    store_of,
     write_round,
 )
 from servers.chat import ChatProcess, chat_process
