@@ -32,6 +32,7 @@ from papo.store.layout import Workspace
 from papo.store.manifest import Context, Manifest
 from papo.store.tables import read_rows, write_rows
 
+CONCURRENCY = 16
 REPLY = "servers.replies:strict"
 SCORES = {"good": 1.0, "short": 0.5, "bad": 0.0}
 """What the judge makes of a response with this word."""
@@ -95,7 +96,14 @@ def attempt_of(body: dict[str, Any]) -> str:
 def judging(server: ChatProcess | str, **change: Any) -> dict[str, Any]:
     """The params of the stage; those of the model are changed by `model`."""
     url = server if isinstance(server, str) else server.url
-    model = {"model": "m", "base_url": url, "timeout_s": 60.0, "tries": 3, "breaker": 100_000, "concurrency": 16}
+    model = {
+        "model": "m",
+        "base_url": url,
+        "timeout_s": 60.0,
+        "tries": 3,
+        "breaker": 100_000,
+        "concurrency": CONCURRENCY,
+    }
     model |= change.pop("model", {})
     return {
         "judge": "model",
@@ -170,6 +178,8 @@ import aiohttp, httpx2, openai, tenacity
 from openai import AsyncOpenAI, DefaultAioHttpClient
 import papo.commands, papo.pipeline, papo.engines.chat, papo.engines.judges.model
 from papo.cli import main
+import pyarrow
+pyarrow.array([0])  # the first one imports pandas, which takes seconds
 for line in sys.stdin:
     said = json.loads(line)
     if "wait" in said:

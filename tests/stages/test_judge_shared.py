@@ -25,7 +25,7 @@ from papo.store.layout import Workspace
 
 pytestmark = pytest.mark.usefixtures("keyless")
 
-GROUPS = ("11111000",) * 15
+GROUPS = ("11111000",) * 10
 QUESTIONS = 8 * len(GROUPS) - 1
 CONCURRENCY = 8
 
@@ -98,7 +98,7 @@ def test_processes_that_judge_the_same_table_at_once_pay_for_each_response_once(
     assert sum(bought(workspace) > 0 for workspace in all_) >= 2
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_when_one_of_them_is_killed_the_others_take_over_what_it_had_claimed(
     server: ChatProcess, papo: Papo, tmp_path: Path, shared: Path, count: int,
     record_property: Callable[[str, object], None],
