@@ -149,6 +149,7 @@ class VerdictStore:
         self._database = Database(path, FORMAT, read_only=read_only, warn=warn)
         self._waiting: deque[_Put] = deque()
         self._writing = threading.Lock()
+        self._turns: dict[asyncio.AbstractEventLoop, asyncio.Future[None]] = {}
         self._owners: set[str] = set()
         self._seen: dict[str, tuple[int, float]] = {}
         self._warned: set[str] = set()
@@ -210,15 +211,15 @@ class VerdictStore:
         Raises:
             ValueError: the call is for another key, or brought no verdict.
         """
-        if call is not None and (call.key != verdict.key or call.status != OK):
-            raise ValueError(f"a verdict cannot come of a call for {call.key[:12]} that ended as {call.status!r}")
-        stored = self._write(_Put(verdict, call))
+        stored = self._write(_put_of(verdict, call))
         assert stored is not None
         return stored
 
     async def keep(self, verdict: StoredVerdict, call: PaidCall | None = None) -> StoredVerdict:
-        """As `put`, for an event loop."""
-        return await self._aside(self.put, verdict, call)
+        """As `put`, for an event loop; written also if whoever waits for it is cancelled."""
+        stored = await self._written(_put_of(verdict, call))
+        assert stored is not None
+        return stored
 
     def _write(self, mine: _Put) -> StoredVerdict | None:
         # Threads that write at once share one transaction, for each waits for the disk.
@@ -226,9 +227,23 @@ class VerdictStore:
         with self._writing:
             if not mine.done:
                 self._write_waiting()
-        if mine.error is not None:
-            raise mine.error
-        return mine.stored
+        return mine.result()
+
+    async def _written(self, mine: _Put) -> StoredVerdict | None:
+        """As `_write`: one thread at a time for an event loop, whose next transaction takes all that has come meanwhile."""
+        loop = asyncio.get_running_loop()
+        self._waiting.append(mine)
+        while not mine.done:
+            turn = self._turns.get(loop)
+            if turn is None or turn.done():
+                turn = self._turns[loop] = loop.run_in_executor(self._threads, self._take_turn)
+            await asyncio.shield(turn)
+        return mine.result()
+
+    def _take_turn(self) -> None:
+        with self._writing:
+            if self._waiting:
+                self._write_waiting()
 
     def _write_waiting(self) -> None:
         batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
@@ -279,13 +294,11 @@ class VerdictStore:
         Raises:
             ValueError: it brought one, and has to come with it.
         """
-        if call.status == OK:
-            raise ValueError("a call that brought a verdict is stored with it, by `put`")
-        self._write(_Put(None, call))
+        self._write(_charge_of(call))
 
     async def charged(self, call: PaidCall) -> None:
         """As `charge`, for an event loop."""
-        await self._aside(self.charge, call)
+        await self._written(_charge_of(call))
 
     def spent(self, run: str, *, round: int | None = None) -> Spent:
         """What this run paid, in one round or in all. Reads all those calls: keep count beside it where it is asked for often."""
@@ -470,6 +483,23 @@ class _Put:
     done: bool = False
     stored: StoredVerdict | None = None
     error: BaseException | None = None
+
+    def result(self) -> StoredVerdict | None:
+        if self.error is not None:
+            raise self.error
+        return self.stored
+
+
+def _put_of(verdict: StoredVerdict, call: PaidCall | None) -> _Put:
+    if call is not None and (call.key != verdict.key or call.status != OK):
+        raise ValueError(f"a verdict cannot come of a call for {call.key[:12]} that ended as {call.status!r}")
+    return _Put(verdict, call)
+
+
+def _charge_of(call: PaidCall) -> _Put:
+    if call.status == OK:
+        raise ValueError("a call that brought a verdict is stored with it, by `put`")
+    return _Put(None, call)
 
 
 def _select(connection: sqlite3.Connection, query: str, keys: Sequence[str]) -> Iterator[Any]:
