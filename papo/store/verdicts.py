@@ -413,9 +413,9 @@ class VerdictStore:
             )
         )
         size = 0
-        for end in ("", "-wal"):
+        for suffix in ("", "-wal"):
             with suppress(FileNotFoundError):
-                size += Path(f"{self._database.path}{end}").stat().st_size
+                size += Path(f"{self._database.path}{suffix}").stat().st_size
         return StoreStats(self._database.path, size, claims, by)
 
     def export(self, path: Path) -> int:
