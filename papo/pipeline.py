@@ -170,12 +170,23 @@ def _score_prm(params: Params, workspace: Workspace, context: Context, round_: i
 
 
 def _judge(params: Params, workspace: Workspace, context: Context, *, round_: int, variant: str) -> Judge:
-    """The judge of the params, with the store of this workspace, on the account of this run."""
+    """The judge of the params, with the store of this workspace, on the account of this run.
+
+    Raises:
+        ParamsError: there is no such rubric, it cannot be used, or it names no wrong steps for `capo` to debit.
+    """
     from papo.engines.judges import make_judge, store_of
     from papo.engines.judges.model import Purpose
+    from papo.engines.judges.rubrics import load_rubric
 
     if params.score_prm.judge != "model":
         return make_judge(params.score_prm)
+    if variant == "capo" and load_rubric(params.score_prm.rubric).kind != "steps":
+        raise ParamsError(
+            f"advantage.variant capo debits wrong steps, and the rubric {params.score_prm.rubric} names none",
+            where="score_prm.rubric",
+            fix="take wrong-steps or another rubric of kind steps, or another variant",
+        )
     run = f"{lineage(params)} {workspace.root.resolve()}"
     store = store_of(params.score_prm, workspace)
     return make_judge(params.score_prm, Purpose(store, run, round_, variant, warn=context.warn, trace=context.trace))

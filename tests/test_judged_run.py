@@ -117,6 +117,17 @@ def test_what_cannot_be_asked_is_said_before_the_run_begins(
     assert not Path("runs/one/artifacts/rounds").exists()
 
 
+def test_capo_takes_a_rubric_that_names_steps(
+    started_checkout: Path, server: ChatProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.set(reply="servers.replies:wrong_steps")
+    use_model(server.url)
+    capo = ["--set", "advantage.variant=capo"]
+    assert main(["run", "--no-dvc", "--workspace", "runs/one", *capo]) == 2
+    assert "names none" in capsys.readouterr().err
+    assert main(["run", "--no-dvc", "--workspace", "runs/one", *capo, "--set", "score_prm.rubric=wrong-steps"]) == 0
+
+
 def test_a_variant_that_asks_no_judge_needs_none(started_checkout: Path) -> None:
     use_model("http://127.0.0.1:9/v1", model={"model": "m"})
     assert main(["score-orm", "--round", "0", "--set", "advantage.variant=orm"]) == 0
