@@ -446,7 +446,7 @@ for turn in range(int(sys.argv[2])):
             key = hashlib.sha256(f"{turn} {number}".encode()).hexdigest()
             store.claim([key], owner)
             store.put(StoredVerdict(key, "m", "r", f"{turn} {number} " + "x" * 3000, "stop", 1, 1, 0.1))
-            print(key, flush=True)
+            os.write(1, f"{key}\\n".encode())  # in one piece, also where Python does not buffer
             number += 1
     os.waitpid(pid, 0)
     print("killed", flush=True)
