@@ -11,7 +11,8 @@ What becomes of a call:
 
 Tried again is after HTTP 408, 409, 429, 5xx and a failed connection: when the server asks for it (Retry-After), else after a random part
 of 0.5 s, 1 s, 2 s ... up to 30 s. A call that would have to wait beyond its deadline ends at once as what its last try was. Calls in a
-row that end with a failed connection, 5xx or without a reply mean that the server is down: `breaker` of them, and no other is made.
+row that end with a failed connection, 5xx or without a reply mean that the server is down, and those that end with HTTP 401, 403 or 404
+that the key, the model or the address is not the right one: `breaker` of them, and no other is made.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ SPACING_S = 0.002
 """Between the starts of two tries. What goes out in a bunch comes back in a bunch, in which each waits for the CPU that all of it takes."""
 
 _AGAIN = {408, 409, 429}
+_WRONG_PARAMS = {401, 403, 404}
 _TOO_LONG = re.compile(
     r"context_length|exceed_context|context (length|size|window)|maximum context|prompt is too long"
     r"|longer than the (maximum )?model|exceeds the maximum number of tokens"
@@ -110,7 +112,7 @@ class _Found:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     again: bool = False  # worth another try
-    down: bool = False  # nobody may be there
+    down: bool = False  # nobody may be there, or nobody for us
     wait_s: float | None = None  # before the next try, as the server asks
 
 
@@ -206,6 +208,7 @@ class ChatClient:
 
         Raises:
             ServerDownError: the server is down; this call was not made, and those under way have ended.
+            SetupError: the same of a server that refuses the key, the model or the address.
         """
         async with self._turn:
             await self._wait(self._start_s(request))
@@ -218,16 +221,23 @@ class ChatClient:
         """For after the last call: whoever has nothing more to ask is not told by `ask`.
 
         Raises:
-            ServerDownError: as `ask`.
+            ServerDownError, SetupError: as `ask`.
         """
         if self._open.is_set():
             raise self._down_error()
 
-    def _down_error(self) -> ServerDownError:
+    def _down_error(self) -> ServerDownError | SetupError:
         causes = ", ".join(f"{count} {cause}" for cause, count in Counter(self._downs).most_common())
+        where = f"{self._where}, {self.params.base_url or OPENAI_URL}"
+        if set(self._downs) <= {f"HTTP {status}" for status in _WRONG_PARAMS}:
+            return SetupError(
+                f"the server refuses to be asked for the model {self.params.model}: the last {len(self._downs)} calls: {causes}",
+                where=where,
+                fix=f"correct the key in {self.params.api_key_env}, the name of the model or base_url; what was paid for is kept",
+            )
         return ServerDownError(
             f"the server of the model {self.params.model} is down: the last {len(self._downs)} calls failed: {causes}",
-            where=f"{self._where}, {self.params.base_url or OPENAI_URL}",
+            where=where,
             fix="start the stage again when the server answers: what was paid for is kept",
         )
 
@@ -304,7 +314,7 @@ class _Call:
         self.found = _Found("error")  # by the last try
 
     async def run(self) -> tuple[ChatReply, bool]:
-        """The reply, and whether nobody may be there."""
+        """The reply, and whether nobody may be there, or nobody for us."""
         from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
         started, timeout_s = time.monotonic(), self.client.params.timeout_s
@@ -428,7 +438,7 @@ def _of_status(error: APIStatusError) -> _Found:
         "rate_limited" if status == 429 else "error",
         cause,
         again=again,
-        down=status >= 500,
+        down=status >= 500 or status in _WRONG_PARAMS,
         wait_s=retry_after_s(error.response.headers) if again else None,
     )
 

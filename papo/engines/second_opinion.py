@@ -19,7 +19,7 @@ from importlib import metadata
 from papo.core.fence import draw_mark, fence
 from papo.engines.chat import ChatClient, ChatReply, ChatRequest
 from papo.engines.protocols import Opinion, Progress, Question, SecondOpinion
-from papo.errors import ServerDownError
+from papo.errors import ServerDownError, SetupError
 from papo.params import SecondOpinionParams
 from papo.schemas import Grading
 
@@ -79,6 +79,8 @@ class ChatSecondOpinion:
                     opinion = read_reply(await client.ask(ChatRequest(*write_prompt(question))))
                 except ServerDownError:
                     opinion = Opinion(None, "error", "not asked, as the server is down")
+                except SetupError:
+                    opinion = Opinion(None, "error", "not asked, as the server refuses all questions")
                 progress(1)
                 return opinion
 
