@@ -51,7 +51,8 @@ def test_a_judged_run_pays_once_for_all_workspaces(
     assert {row["rubric"] for row in rows} == {"levels/1"}
     assert {row["status"] for row in rows} == {"ok"}
     page = (here.report / "index.html").read_text()
-    assert "score_prm.prices" in page  # the table of what judging cost
+    assert "What judging cost, by round" in page
+    assert "judge m · seed 0" in page
     # A run beside it, by the same params: another account, and not a call.
     assert main(["run", "--no-dvc", "--workspace", "runs/other"]) == 0
     assert server.seen.requests.total() == calls

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import combinations
-from statistics import median
+from statistics import mean, median
 
 from papo.errors import DataError, ParamsError
 
@@ -32,7 +32,7 @@ def combine_scores(scores: Sequence[float], vote: str = "median") -> float:
     if vote == "median":
         return float(median(scores))
     if vote == "mean":
-        return math.fsum(scores) / len(scores)
+        return float(mean(scores))  # in fractions: equal votes give themselves, in any number
     counts = Counter(scores)
     most = max(counts.values())
     return float(min(score for score, count in counts.items() if count == most))

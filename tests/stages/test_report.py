@@ -180,7 +180,7 @@ def test_the_page_tells_what_judging_cost_by_round_and_in_total(tmp_path: Path) 
     assert "All 30.0 % 1,240 6 2,469,134 178,024 1.001 12.5 % 24.00 6,914 90.0 % 0 40.0 % 1,234 3" in seen
     assert "0 40.0 % 1,234 3 1,234,567 89,012 0.001234 12.5 % 12.00 3,457 1 20.0 % 6 3" in seen
     assert "Tokens saved" not in seen
-    assert "score_prm.prices" in seen
+    assert "in the unit of score_prm.prices" in seen
     assert "was asked about" not in seen
     table = rows(tmp_path / "report/rounds.csv")
     assert [row["judge_cost"] for row in table] == ["0.0012345", "1.0"]
@@ -196,7 +196,7 @@ def test_a_model_without_a_price_saves_tokens(tmp_path: Path) -> None:
         "a round in which nothing was asked has no row"
     )
     assert "Cost" not in seen
-    assert "score_prm.prices" not in seen
+    assert "in the unit of" not in seen
 
 
 def test_of_a_judge_that_costs_nothing_the_page_tells_how_often_it_was_asked(tmp_path: Path) -> None:

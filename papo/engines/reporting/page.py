@@ -83,9 +83,9 @@ def _setup(params: Mapping[str, Any]) -> str:
     names = {
         "variant {}": "advantage.variant", "λ = {:g}": "advantage.lam", "{} rounds": "run.rounds",
         "{} prompts a round": "rollout.prompts_per_round", "{} responses a prompt": "rollout.group_size",
-        "judge {}": "score_prm.judge", "seed {}": "run.seed",
+        "judge {}": "score_prm.model.model" if params.get("score_prm.judge") == "model" else "score_prm.judge", "seed {}": "run.seed",
     }  # fmt: skip
-    unused = {"advantage.lam", "score_prm.judge"} if params.get("advantage.variant") == "orm" else set()
+    unused = {"advantage.lam", names["judge {}"]} if params.get("advantage.variant") == "orm" else set()
     shown = [(text, params[key]) for text, key in names.items() if params.get(key) is not None and key not in unused]
     return " · ".join(text.format(value) for text, value in shown)
 
