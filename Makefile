@@ -65,5 +65,7 @@ test-vllm: $(READY) $(VLLM_READY) | $(SMOLLM2)
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	touch $@
 
+# The store of verdicts stays: they were paid for.
 clean:
-	rm -rf .venv .venv-vllm .papo artifacts data mlflow.db mlartifacts runs
+	rm -rf .venv .venv-vllm artifacts data mlflow.db mlartifacts runs
+	[ ! -d .papo ] || find .papo -mindepth 1 -not -name 'verdicts.sqlite*' -delete

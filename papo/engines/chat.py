@@ -165,6 +165,7 @@ class ChatClient:
             SetupError: a package is not installed, or there is no key, or it cannot be one.
         """
         try:
+            # Only whether they can be imported.
             import aiohttp  # noqa: F401
             import openai  # noqa: F401
             import tenacity  # noqa: F401

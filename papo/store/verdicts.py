@@ -260,7 +260,7 @@ class VerdictStore:
             stored = self._database.write(work, durable=True)
             for one in batch:
                 one.stored = None if one.verdict is None else stored[one.verdict.key]
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, those who wait are told
             for one in batch:
                 one.error = error
         for one in batch:

@@ -174,7 +174,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     for trial in range(100):
         values = np.repeat(rng.normal(0, 1, 40), 3) + rng.normal(0, 0.1, 120)
         clusters = np.repeat(np.arange(40), 3).tolist()
-        found = intervals({"mean": lambda rows, v=values: float(v[rows].mean())}, clusters, seed=trial, resamples=200)  # type: ignore[misc]
+        found = intervals({"mean": lambda rows, v=values: float(v[rows].mean())}, clusters, seed=trial, resamples=200)
         low, high = found["mean"].low, found["mean"].high
         assert low is not None
         assert high is not None

@@ -345,7 +345,7 @@ def test_the_longest_response_takes_no_time() -> None:
 def test_a_text_that_holds_the_mark_is_refused() -> None:
     for texts in ([MARK, None, "a"], ["a", MARK, "a"], ["a", None, MARK]):
         with pytest.raises(ValueError, match="holds the mark"):
-            load_rubric("levels").render(*texts, mark=MARK)  # type: ignore[arg-type]
+            load_rubric("levels").render(*texts, mark=MARK)
 
 
 # What the two embedded judges make of such a text. To them a line is a step, the boxed answer, or a flaw: so words that stand where a line

@@ -60,6 +60,6 @@ def test_of_a_process_elsewhere_nothing_can_be_seen() -> None:
 
 @pytest.mark.parametrize("owner", ["", "me", "1:2:3", "x:1:y:z", "1:x:y:z", "0:1:y:z", "-1:1:y:z", "1:2:3:4:5"])
 def test_what_is_no_owner_is_refused_and_does_not_live(owner: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):  # noqa: PT011  # of many kinds, each with its own words
         check_owner(owner)
     assert lives(owner) is False

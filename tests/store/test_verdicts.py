@@ -264,7 +264,7 @@ def test_closing_the_store_gives_up_its_claims(store: VerdictStore, path: Path) 
 
 @pytest.mark.parametrize(("owner", "limit"), [("me", None), ("", None), (None, 0), (None, -1)])
 def test_a_claim_by_nobody_or_of_nothing_is_refused(store: VerdictStore, owner: str | None, limit: int | None) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):  # noqa: PT011  # of many kinds, each with its own words
         store.claim(keys(1), new_owner() if owner is None else owner, limit=limit)
 
 

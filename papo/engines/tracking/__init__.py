@@ -110,7 +110,7 @@ class BackgroundTracker:
             return
         try:
             self._backend.trace(call)
-        except Exception as error:
+        except Exception as error:  # as in `_attempt`
             self._refuse("trace", _brief(error))
 
     def tag(self, key: str, value: str) -> None:
@@ -161,7 +161,7 @@ class BackgroundTracker:
         try:
             call()
             self._done += 1
-        except Exception as error:
+        except Exception as error:  # MLflow raises anything, and the record stops no run
             if not self._done or self._unreachable():
                 self._give_up(_brief(error))
             else:
