@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_judge.py
 
-Two things are measured: the chat client alone, and the whole judge of score_prm with rubric, store of verdicts and ledger, followed by a
-second pass over the same responses, which the store answers.
+Two things are measured: the chat client alone, and the whole stage score_prm from tables to table, with rubric, store of verdicts and
+ledger, followed by a second pass over the same responses, which the store answers.
 
 Ideal is concurrency / latency, with a client that takes no time. Prompts have the length of a rubric with a problem and a response; the CPU
 is that of the client's process, by its own clock and by psutil's. Which other processes run tells on the rate, hardly on the CPU a call.
@@ -24,13 +24,14 @@ from typing import NamedTuple
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from judging import judging, run_stage, write_round
 from servers.chat import ChatProcess, chat_process
 
 from papo.engines.chat import ChatClient, ChatRequest
-from papo.engines.judges import make_judge
-from papo.engines.judges.model import Purpose
-from papo.engines.protocols import JudgeItem
-from papo.params import ChatParams, ScorePrmParams
+from papo.params import ChatParams
+from papo.schemas import PRM, ROLLOUTS
+from papo.store.layout import Workspace
+from papo.store.tables import read_rows, write_rows
 
 TASK = "You grade the reasoning of a response, step by step. " * 20
 RESPONSE = "[step 1] We add the two numbers and see that the sum is even. " * 40
@@ -84,24 +85,27 @@ class JudgeRun(NamedTuple):
 
 def one_judge_run(server: ChatProcess, calls: int, concurrency: int, folder: Path) -> JudgeRun:
     server.set()
-    model = {"model": "m", "base_url": server.url, "concurrency": concurrency}
-    params = ScorePrmParams.model_validate({"judge": "model", "model": model})
-    items = [JudgeItem(f"What is {n} + {n}?", f"{n} + {n} is {2 * n}", f"{n}: {SOLUTION}") for n in range(calls)]
-    # Imports of seconds, once a process.
-    make_judge(params, Purpose(folder / "warm.sqlite")).judge(items[:concurrency], lambda done: None)
+    params = judging(server, model={"concurrency": concurrency})
+    judged, warm = Workspace(folder / "judged"), Workspace(folder / "warm")
+    for workspace, count in ((judged, calls), (warm, concurrency)):
+        write_round(workspace, ["1" * 8] * (count // 8))
+        path = workspace.table(0, "rollouts")
+        rows = read_rows(path, ROLLOUTS)
+        write_rows(path, ROLLOUTS, [row | {"completion": f"{n}: {SOLUTION}"} for n, row in enumerate(rows)])
+    run_stage(warm, params)  # imports of seconds, once a process
     server.set()
-    found, times = [], []
-    for _ in range(2):
-        judge = make_judge(params, Purpose(folder / "verdicts.sqlite"))
+    times = []
+    for out in ("first", "second"):
         wall, cpu = time.perf_counter(), time.process_time()
-        found.append(judge.judge(items, lambda done: None))
+        manifest = run_stage(judged, params, out=out)
         times.append((time.perf_counter() - wall, time.process_time() - cpu))
-    assert [one.score for one in found[0]] == [one.score for one in found[1]]
-    assert {one.status for one in found[0]} == {"ok"}
+        assert manifest.counts == {"ok": calls}
+    scores = [[row["prm_score"] for row in read_rows(judged.table(0, out), PRM)] for out in ("first", "second")]
+    assert scores[0] == scores[1]
     assert server.seen.billed.total() == calls, "not one call a response in two passes"
     assert server.seen.most <= concurrency
-    (first, cpu), (second, _) = times
-    return JudgeRun(calls / first, cpu / calls, calls / second)
+    (once, cpu), (again, _) = times
+    return JudgeRun(calls / once, cpu / calls, calls / again)
 
 
 def main() -> None:
@@ -127,7 +131,7 @@ def main() -> None:
                 judge = one_judge_run(server, args.calls, args.concurrency, Path(folder))
             judged.append(judge)
             print(
-                f"       judge: {judge.rate:.0f} calls/s ({judge.rate / ideal:.1%}), {1e3 * judge.client_s:.2f} ms of CPU a call, "
+                f"       stage: {judge.rate:.0f} calls/s ({judge.rate / ideal:.1%}), {1e3 * judge.client_s:.2f} ms of CPU a call, "
                 f"{judge.rate * judge.client_s:.2f} cores; again from the store: {judge.again:.0f} rows/s, no call"
             )
     rate, client_s = (statistics.median(column) for column in list(zip(*runs, strict=True))[:2])
@@ -137,7 +141,7 @@ def main() -> None:
     )
     rate, client_s, again = (statistics.median(column) for column in zip(*judged, strict=True))
     print(
-        f"judge: {rate:.0f} calls/s, {rate / ideal:.1%} of the ideal, {rate * client_s:.2f} cores; again {again:.0f} rows/s"
+        f"stage: {rate:.0f} calls/s, {rate / ideal:.1%} of the ideal, {rate * client_s:.2f} cores; again {again:.0f} rows/s"
     )
 
 
