@@ -146,7 +146,7 @@ def spent_rows(spent: Sequence[tuple[str, str, Spent]]) -> list[dict[str, str]]:
             "failed": f"{one.failed:,}",
             "tokens in": f"{one.prompt_tokens:,}",
             "tokens out": f"{one.completion_tokens:,}",
-            "cost": "" if one.cost is None else f"{one.cost:,.2f}" if one.cost >= 100 else f"{one.cost:.4g}",
+            "cost": "" if one.cost is None else money(one.cost),
         }
         for run, variant, one in spent
     ]

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,8 @@ def modules() -> Iterator[tuple[str, Path]]:
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Modules of papo that a file imports, anywhere in it."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -43,7 +45,7 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"relative import in {path}"
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names if is_module(f"{node.module}.{alias.name}")}
-    return {name for name in found if name.split(".")[0] == "papo"}
+    return frozenset(name for name in found if name.split(".")[0] == "papo")
 
 
 def is_module(name: str) -> bool:

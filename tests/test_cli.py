@@ -387,7 +387,8 @@ def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(
         wait_until(has_shards(shards), process)
     else:
         wait_until(has_folders(scratch), process)
-        time.sleep(0.1)
+        # Into the training: what is compiled before it has many objects with a `__del__`, in which Python ignores an interrupt.
+        time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
@@ -438,7 +439,7 @@ def test_stored_verdicts_are_counted_copied_and_verified(checkout: Path, capsys:
     assert main(["judge-cache", "stats"]) == 0
     shown = capsys.readouterr().out
     first, second = re.findall(r"^.* papo .*$", shown.partition("Paid calls by run")[2], re.MULTILINE)
-    assert re.search(r" aaaaaaaaaaaa…456789\[/b\] .* papo .* 1 .* 1 .* 1,800 .* 100 .* 1,234.50 ", first)
+    assert re.search(r" aaaaaaaaaaaa…456789\[/b\] .* papo .* 1 .* 1 .* 1,800 .* 100 .* 1,234 ", first)
     assert re.search(r" nightly .* papo .* 1 .* 1 .* 1,800 .* 100 \W+$", second)
     assert main(["judge-cache", "export", "out.parquet", "--workspace", "runs/other"]) == 0
     assert len(read_rows(Path("out.parquet"), VERDICTS)) == 3

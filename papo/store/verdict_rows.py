@@ -68,22 +68,17 @@ def verdict_parts(model: str, rubric: str, prompt: str, sampling: Mapping[str, A
     """All that decides a verdict, as JSON with the digest of the prompt in its place.
 
     Args:
-        rubric: its digest.
-        prompt: as rendered, without the mark that is drawn for each call.
-        sampling: temperature, seed and the like, as JSON has them.
+        rubric: its name and version.
+        prompt: all that decides it but the mark that is drawn for each call.
+        sampling: temperature and the like, as JSON has them.
         vote: number of the vote, from 0.
     """
     parts = {"model": model, "rubric": rubric, "prompt": _sha256(prompt), "sampling": dict(sampling), "vote": vote}
     return json.dumps(parts, sort_keys=True, allow_nan=False)
 
 
-def verdict_key(model: str, rubric: str, prompt: str, sampling: Mapping[str, Any], vote: int) -> str:
+def verdict_key(parts: str) -> str:
     """SHA-256 of `verdict_parts`, in hex."""
-    return parts_key(verdict_parts(model, rubric, prompt, sampling, vote))
-
-
-def parts_key(parts: str) -> str:
-    """The key of `verdict_parts`."""
     return _sha256(parts)
 
 

@@ -30,7 +30,15 @@ def made(count: int) -> list[StoredVerdict]:
         answer = "".join(chance.choices("abcdefghij {}:,\n", k=chance.randrange(300, 1500)))
         some.append(
             StoredVerdict(
-                verdict_key(*named), "judge-7b", "levels/1", answer, "stop", 900, 200, 1.5, parts=verdict_parts(*named)
+                verdict_key(verdict_parts(*named)),
+                "judge-7b",
+                "levels/1",
+                answer,
+                "stop",
+                900,
+                200,
+                1.5,
+                parts=verdict_parts(*named),
             )
         )
     return some

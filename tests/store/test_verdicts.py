@@ -98,16 +98,16 @@ def test_everything_that_decides_a_verdict_is_in_its_key() -> None:
         {"sampling": {"temperature": 1, "seed": 1}},
         {"vote": 1},
     ]
-    assert len({verdict_key(**base | change) for change in changes}) == len(changes)
+    assert len({verdict_key(verdict_parts(**base | change)) for change in changes}) == len(changes)
 
 
 def test_the_order_of_the_sampling_params_is_not_in_the_key() -> None:
-    assert verdict_key("m", "r", "p", {"a": 1, "b": 2}, 0) == verdict_key("m", "r", "p", {"b": 2, "a": 1}, 0)
+    assert verdict_parts("m", "r", "p", {"a": 1, "b": 2}, 0) == verdict_parts("m", "r", "p", {"b": 2, "a": 1}, 0)
 
 
 def test_a_key_is_the_digest_of_its_parts_and_any_prompt_has_one() -> None:
     parts = verdict_parts("m", "r", "half a pair: \ud800 \0", SAMPLING, 3)
-    assert verdict_key("m", "r", "half a pair: \ud800 \0", SAMPLING, 3) == hashlib.sha256(parts.encode()).hexdigest()
+    assert verdict_key(parts) == hashlib.sha256(parts.encode()).hexdigest()
     assert json.loads(parts)["vote"] == 3
 
 

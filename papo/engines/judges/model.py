@@ -33,7 +33,7 @@ from papo.errors import BudgetError, PapoError
 from papo.params import ChatParams, Price, ScorePrmParams
 from papo.schemas import PRM_STATUSES
 from papo.store.ledger import PaidCall, Spent
-from papo.store.verdicts import StoredVerdict, VerdictStore, new_owner, parts_key, verdict_parts
+from papo.store.verdicts import StoredVerdict, VerdictStore, new_owner, verdict_key, verdict_parts
 
 _Texts = tuple[str, str | None, str]
 """Problem, reference solution and response."""
@@ -216,7 +216,7 @@ class _Asking:
         self.questions = questions
         self.digest = rubric.asking()
         self.votes = [
-            [_Vote(n, vote, parts_key(self._parts(texts, vote))) for vote in range(params.votes)]
+            [_Vote(n, vote, verdict_key(self._parts(texts, vote))) for vote in range(params.votes)]
             for n, texts in enumerate(questions)
         ]
         self.by_key = {vote.key: vote for votes in self.votes for vote in votes}
