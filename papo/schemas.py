@@ -65,6 +65,18 @@ _KEY_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
     ("problem_id", pa.string()),
     ("sample_index", pa.int32()),
 )
+_JUDGED_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
+    ("prm_score", pa.float64()),
+    ("status", pa.string()),
+    ("reason", pa.string()),
+    ("votes", pa.list_(pa.float64())),
+    ("wrong_steps", pa.list_(pa.float32())),
+    ("judge", pa.string()),
+    ("rubric", pa.string()),
+    ("prompt_tokens", pa.int64()),
+    ("completion_tokens", pa.int64()),
+    ("cached", pa.bool_()),
+)
 
 PROBLEMS = Table(
     "problems",
@@ -141,16 +153,7 @@ PRM = Table(
     2,
     (
         *_KEY_COLUMNS,
-        ("prm_score", pa.float64()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("votes", pa.list_(pa.float64())),
-        ("wrong_steps", pa.list_(pa.float32())),
-        ("judge", pa.string()),
-        ("rubric", pa.string()),
-        ("prompt_tokens", pa.int64()),
-        ("completion_tokens", pa.int64()),
-        ("cached", pa.bool_()),
+        *_JUDGED_COLUMNS,
     ),
     frozenset({"prm_score", "wrong_steps"}),
 )
@@ -225,16 +228,7 @@ CALIBRATION = Table(
         ("label", pa.float64()),
         ("first_error", pa.int32()),  # labelled, from 1; 0: no step is wrong
         ("answer_correct", pa.bool_()),
-        ("prm_score", pa.float64()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("votes", pa.list_(pa.float64())),
-        ("wrong_steps", pa.list_(pa.float32())),
-        ("judge", pa.string()),
-        ("rubric", pa.string()),
-        ("prompt_tokens", pa.int64()),
-        ("completion_tokens", pa.int64()),
-        ("cached", pa.bool_()),
+        *_JUDGED_COLUMNS,
     ),
     frozenset({"reference_solution", "first_error", "answer_correct", "prm_score", "wrong_steps"}),
 )

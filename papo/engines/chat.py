@@ -165,10 +165,9 @@ class ChatClient:
             SetupError: a package is not installed, or there is no key, or it cannot be one.
         """
         try:
-            # Only whether they can be imported.
-            import aiohttp  # noqa: F401
-            import openai  # noqa: F401
-            import tenacity  # noqa: F401
+            import aiohttp  # noqa: F401  # only whether it can be imported
+            import openai  # noqa: F401  # likewise
+            import tenacity  # noqa: F401  # likewise
         except ImportError as error:
             raise SetupError(
                 f"asking a model needs the packages openai, aiohttp and tenacity, which cannot be imported: {error}",

@@ -123,7 +123,7 @@ class Database:
         try:
             result = work(connection)
             connection.execute(bounds[1])
-        except BaseException:
+        except BaseException:  # an interrupt, too, must leave no transaction open; it is raised again
             with suppress(sqlite3.Error):
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
@@ -165,7 +165,7 @@ class Database:
             connection.execute("BEGIN IMMEDIATE")
             count = self._form.salvage(old, connection)
             connection.execute("COMMIT")
-        except BaseException:
+        except BaseException:  # an interrupt, too, must leave no connection open; it is raised again
             connection.close()
             raise
         finally:
@@ -188,7 +188,7 @@ class Database:
                 connection.execute(f"PRAGMA application_id={self._form.application}")
             connection.execute("COMMIT")
             connection.execute(f"PRAGMA journal_mode={'DELETE' if on_network(self.path) else 'WAL'}")
-        except BaseException:
+        except BaseException:  # an interrupt, too, must leave no connection open; it is raised again
             connection.close()
             raise
         return connection
@@ -209,7 +209,7 @@ class Database:
                 if mode == "ro" and _code(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
                     continue
                 raise _named(error, self.path) from error
-            except BaseException:
+            except BaseException:  # an interrupt, too, must leave no connection open; it is raised again
                 connection.close()
                 raise
             if version == self._form.version:

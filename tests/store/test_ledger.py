@@ -12,7 +12,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -51,17 +50,6 @@ def call(number: int, **change: Any) -> PaidCall:
 
 def failed(number: int, **change: Any) -> PaidCall:
     return call(number, **{"status": "timeout", "completion_tokens": 0} | change)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "kept/verdicts.sqlite"
-
-
-@pytest.fixture
-def store(path: Path, warned: list[str]) -> Iterator[VerdictStore]:
-    with VerdictStore.open(path, warn=warned.append) as opened:
-        yield opened
 
 
 def fill(path: Path, count: int) -> None:

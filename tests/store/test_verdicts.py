@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -55,17 +55,6 @@ def verdict(number: int, **change: Any) -> StoredVerdict:
 
 def keys(*numbers: int) -> list[str]:
     return [verdict(number).key for number in numbers]
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "kept/verdicts.sqlite"
-
-
-@pytest.fixture
-def store(path: Path, warned: list[str]) -> Iterator[VerdictStore]:
-    with VerdictStore.open(path, warn=warned.append) as opened:
-        yield opened
 
 
 def filled(path: Path, count: int) -> None:
