@@ -197,7 +197,9 @@ class Database:
         """A connection that writes nothing, to a file that must be there and of this version."""
         if not self.path.is_file():
             raise MissingInputError(
-                f"there are no {self._form.name} yet", where=str(self.path), fix="name the right file"
+                f"there are no {self._form.name} yet",
+                where=str(self.path),
+                fix="name the right file, or have a run make it",
             )
         # The second is for a folder that takes no write, where the first cannot share memory with writers.
         for mode in ("ro", "ro&immutable=1"):

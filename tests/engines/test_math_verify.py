@@ -246,7 +246,7 @@ def test_hostile_answers_are_bounded_and_never_right() -> None:
     items = [(gold, box(answer)) for answer in HOSTILE for gold in ("8", "x+8")]
     verdicts = verified(*items, timeout_s=0.5, workers=2)
     elapsed = time.perf_counter() - start
-    assert elapsed < 60.0 + len(items) * 2.0  # without a limit, for ever
+    assert elapsed < 5.0 + len(items) * 2.0
     found = {(verdict.score, verdict.status) for verdict in verdicts}
     assert found <= {(0.0, "ok"), (0.0, "no_answer"), (None, "timeout"), (None, "error")}
     assert verdicts[0].status == "ok"  # by its looks, without a child
@@ -313,7 +313,7 @@ def test_closing_early_ends_the_children() -> None:
     assert active_children()
     start = time.perf_counter()
     checked.close()
-    assert time.perf_counter() - start < 30.0  # the child would sleep longer
+    assert time.perf_counter() - start < 5.0
     assert active_children() == []
 
 

@@ -131,7 +131,7 @@ def test_closing_early_runs_no_more_programs() -> None:
     assert next(running)
     start = time.monotonic()
     running.close()
-    assert time.monotonic() - start < 12.0  # the rest would take 24.5
+    assert time.monotonic() - start < 3.0
 
 
 # ---- limits ----
@@ -274,7 +274,7 @@ def test_a_hostile_program_is_contained(name: str) -> None:
     before = _processes(), _temporary()
     start = time.monotonic()
     found = ran(code)
-    assert time.monotonic() - start < PARAMS.wall_s + 20.0  # they would run for ever
+    assert time.monotonic() - start < PARAMS.wall_s + 2.0
     assert found.verdict in verdicts, found
     assert found.verdict in VERDICTS
     assert len(found.stdout) + len(found.stderr) <= 2 * MAX_OUTPUT_BYTES
