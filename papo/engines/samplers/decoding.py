@@ -192,23 +192,20 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' base cla
         end = start + keys.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self._room = [keys[:, :, :0], values[:, :, :0]]
-        if end > self._room[0].shape[-2]:
-            self._move(slice(None), start, end + ROOM)
-        for room, new in zip(self._room, (keys, values), strict=True):
+            self._rooms = [keys[:, :, :0], values[:, :, :0]]
+        for place, new in enumerate((keys, values)):
+            room = self._rooms[place]
+            if end > room.shape[-2]:
+                room = new.new_empty((*new.shape[:2], end + ROOM, new.shape[3]))
+                room[:, :, :start] = self._rooms[place][:, :, :start]
+                self._rooms[place] = room
             room[:, :, start:end] = new
         self._show(end)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        length = self.get_seq_length()
-        self._move(indices, length, length + ROOM)
-        self._show(length)
-
-    def _move(self, rows: slice | torch.Tensor, length: int, size: int) -> None:
-        for place, old in enumerate(self._room):
-            kept = old[rows, :, :length]
-            self._room[place] = pad(kept, (0, 0, 0, size - length))
+        self._rooms = [room[indices] for room in self._rooms]
+        self._show(self.get_seq_length())
 
     def _show(self, length: int) -> None:
-        self.keys, self.values = (room[:, :, :length] for room in self._room)
+        self.keys, self.values = (room[:, :, :length] for room in self._rooms)
