@@ -271,12 +271,14 @@ def completion(body: dict[str, Any], text: str, fault: str) -> bytes:
     return json.dumps(whole | USAGE_FAULTS.get(fault, usage)).encode()
 
 
-async def serve(plan: Plan, connection: type[Connection] = Connection) -> None:
-    """Serves on a free port until standard input ends."""
+async def serve(plan: Plan, connection: type[Connection] = Connection, *, port: int = 0, forever: bool = False) -> None:
+    """Serves on a free port, unless told which, until standard input ends, unless `forever`."""
     loop, state = asyncio.get_running_loop(), State(plan)
-    server = await loop.create_server(lambda: connection(state), "127.0.0.1", 0, backlog=4096)
+    server = await loop.create_server(lambda: connection(state), "127.0.0.1", port, backlog=4096)
     sys.stdout.write(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1\n")
     sys.stdout.flush()
+    if forever:
+        await server.serve_forever()
     ended = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(ended), sys.stdin)
     await ended.read()

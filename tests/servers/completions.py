@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import random
 import sys
 from contextlib import AbstractContextManager
@@ -93,6 +94,7 @@ def save_policy(folder: Path, number: int, *, size: float = 1.0) -> Path:
     tokenizer = build_tokenizer()
     assert len(tokenizer) == VOCABULARY
     tokenizer.save_pretrained(folder)
+    (folder / "table").write_text(str(number))
     return folder
 
 
@@ -217,5 +219,16 @@ def completions_process(**plan: Any) -> AbstractContextManager[ChatProcess]:
     return chat.process_of(__file__, Plan(**plan))
 
 
-if __name__ == "__main__":
+def serve_folder(folder: str, *flags: str) -> None:
+    """As `vllm serve FOLDER --port ...` does, for what `save_policy` wrote; other flags it notes and leaves."""
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    sys.stdout.write(f"{folder} {json.dumps(given)} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+    number = int((Path(folder) / "table").read_text())
+    plan = Plan(policy=number, model=given["--served-model-name"], mode=given["--logprobs-mode"])
+    asyncio.run(chat.serve(plan, Completions, port=int(given["--port"]), forever=True))
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["serve"]:
+    serve_folder(*sys.argv[2:])
+elif __name__ == "__main__":
     asyncio.run(chat.serve(Plan(**json.loads(sys.argv[1] if len(sys.argv) > 1 else "{}")), Completions))

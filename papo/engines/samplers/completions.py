@@ -146,7 +146,7 @@ class Row:
     finish_reason: str
 
 
-class Server:
+class Endpoint:
     """One server, asked over one session of aiohttp.
 
     Args:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from papo.engines.policy import encode_prompt
-from papo.engines.samplers.completions import NEVER, Sampling, Server, only_choice
+from papo.engines.samplers.completions import NEVER, Endpoint, Sampling, only_choice
 from papo.errors import DataError, SetupError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _nucleus(logprobs: np.ndarray, top_p: float) -> np.ndarray:
     return found
 
 
-async def prove(server: Server, fixed: Sequence[Fixed], sampling: Sampling, limit: float, policy: Path) -> float:
+async def prove(server: Endpoint, fixed: Sequence[Fixed], sampling: Sampling, limit: float, policy: Path) -> float:
     """The largest difference of a log-prob.
 
     Raises:

@@ -24,10 +24,10 @@ from papo.engines.policy import encode_prompt, load_policy
 from papo.engines.protocols import Progress, Sample, SampleRequest
 from papo.engines.samplers.completions import (
     IDLE_S,
+    Endpoint,
     NoAnswerError,
     Row,
     Sampling,
-    Server,
     ServerParams,
     key_of,
     read_row,
@@ -233,9 +233,9 @@ class VllmServerSampler:
             raise _down({url: str(cause) for url, cause in zip(self._urls, found, strict=True)})
         return ", ".join(versions)
 
-    def _server(self, url: str, session: Any) -> Server:
+    def _server(self, url: str, session: Any) -> Endpoint:
         p = self._params
-        return Server(url, session, key=key_of(p), key_name=p.api_key_env, timeout_s=p.timeout_s)
+        return Endpoint(url, session, key=key_of(p), key_name=p.api_key_env, timeout_s=p.timeout_s)
 
     def _stream(self, requests: Sequence[SampleRequest], prompts: Sequence[list[int]]) -> Iterator[tuple[int, Sample]]:
         """(row, sample) as they come. The servers are asked in a thread of its own, which goes on while the caller stores a shard."""
@@ -267,7 +267,7 @@ class VllmServerSampler:
 class _Line:
     """A server, and how many rows it has under way. `up`: it gets rows; `hoped`: it may get some again."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Endpoint) -> None:
         self.server, self.busy, self.up, self.hoped = server, 0, False, True
 
 
@@ -401,7 +401,7 @@ class _Asking:
             )
         self._wake(everyone=True)
 
-    async def _examine(self, server: Server) -> None:
+    async def _examine(self, server: Endpoint) -> None:
         """
         Raises:
             NoAnswerError, SetupError, ParamsError: as they say; no row is asked of such a server.
@@ -436,7 +436,7 @@ async def _session() -> AsyncIterator[Any]:
         yield session
 
 
-async def _version(server: Server) -> str | NoAnswerError:
+async def _version(server: Endpoint) -> str | NoAnswerError:
     try:
         return await server.version()
     except NoAnswerError as error:
