@@ -327,9 +327,10 @@ def test_the_right_policy_is_accepted_and_how_near_it_is_is_known(
     assert 0 < sampler.differences[server.url] < 2e-5
 
 
-def test_another_policy_is_refused_before_any_row(policy: Path, start: Callable[..., ChatProcess]) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_another_policy_is_refused_before_any_row(policy: Path, start: Callable[..., ChatProcess], dtype: str) -> None:
     good, other = start(), start(policy=1)
-    error = failure(policy, good, other, kind=SetupError)
+    error = failure(policy, good, other, kind=SetupError, dtype=dtype)
     assert "another policy" in error.what
     assert "differ by up to" in error.what
     assert error.where == f"{other.url}, {policy}"
