@@ -61,7 +61,7 @@ log = logging.getLogger("papo")
 def make_context(work: Path, *, quiet: bool = False) -> Context:
     """Progress bars in a terminal, a log line a stage elsewhere."""
     progress = _bar if console.is_terminal and not quiet else _lines
-    return Context(work=work, begin=import_libraries, progress=progress, warn=warn)
+    return Context(work=work, begin=import_libraries, progress=progress, warn=warn, say=log.info)
 
 
 def warn(message: str) -> None:

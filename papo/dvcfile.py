@@ -53,7 +53,7 @@ def render(params: Params) -> str:
             ["data/problems/traces.parquet", *checkpoint],
             ["artifacts/warmstart", "artifacts/warmstart.manifest.json"],
         ),
-        "rollout": ([problems, "${item.policy}"], _with_manifest(rollouts)),
+        "rollout": ([problems, "${item.policy}"], [*_with_manifest(rollouts), f"{round_}/tried.parquet"]),
         "score_orm": ([problems, rollouts], _with_manifest(orm)),
         "score_prm": ([problems, rollouts, orm, *rubric], _with_manifest(prm)),
         # CAPO finds the tokens of a step with the policy's tokenizer, which is that of the warm start.

@@ -39,6 +39,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _plain_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return whole and not ("@" in parts.netloc or "?" in url or "#" in url or any(char.isspace() for char in url))
+
+
+def _check_address(api_key_env: str, *urls: str) -> None:
+    """Refuses what is no name of an environment variable, or no plain URL."""
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", api_key_env):
+        raise ValueError("api_key_env takes the name of an environment variable, such as OPENAI_API_KEY; never the key")
+    if not all(map(_plain_url, urls)):
+        raise ValueError("a base URL is http(s)://host[:port][/path], without user, password or query")
+
+
 class RunParams(_Section):
     """What the rounds share."""
 
@@ -272,17 +289,101 @@ class WarmstartParams(_Section):
     warmup_share: Share = 0.05
 
 
+class ServerParams(_Section):
+    """The vLLM servers that a policy is sampled from: started by papo, or already there."""
+
+    base_urls: list[str] = Field(
+        default_factory=list,
+        description="Of servers that are there, such as http://localhost:8000/v1; empty: papo starts its own.",
+    )
+    model: str | None = Field(
+        None, min_length=1, description="Name that the servers give the policy; null: their only one."
+    )
+    reload: str | None = Field(
+        None, min_length=1, description="Shell command that has the servers of base_urls load the folder {policy}."
+    )
+    command: str = Field(
+        "vllm serve",
+        min_length=1,
+        description="What starts a server; the folder of the policy and flags are added to it.",
+    )
+    options: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="Further flags of a server that papo starts: max-model-len: 4096."
+    )
+    servers: int = Field(1, ge=1, le=64, description="How many papo starts.")
+    devices: list[str] = Field(
+        default_factory=list, description="CUDA_VISIBLE_DEVICES of each server that papo starts; empty: all see all."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="What the servers compute in; decides how near their log-probs have to be to the policy's.",
+    )
+    max_difference: float | None = Field(
+        None, gt=0.0, description="Of a log-prob of the server and of the policy; null: by dtype."
+    )
+    concurrency: int = Field(256, ge=1, le=4096, description="Rows at a time, of each server.")
+    timeout_s: float = Field(600.0, gt=0.0, le=86_400.0, description="For one row.")
+    tries: int = Field(3, ge=1, le=100, description="After which a server is left out.")
+    start_s: float = Field(900.0, gt=0.0, le=86_400.0, description="For a server to start, or to load a policy.")
+    api_key_env: str = Field("VLLM_API_KEY", description="Environment variable with the key; need not be set.")
+
+    # Of the model as a whole, as errors of a field show its value, which may be a key in the wrong place.
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_address(self.api_key_env, *self.base_urls)
+        if len(set(self.base_urls)) < len(self.base_urls):
+            raise ValueError("base_urls names a server twice")
+        if self.reload is not None and not self.base_urls:
+            raise ValueError("reload is for servers that are already there: set base_urls, too")
+        if self.devices and len(self.devices) != self.servers:
+            raise ValueError(f"devices has {len(self.devices)} entries for {self.servers} servers")
+        return self
+
+
+class VllmParams(_Section):
+    """vLLM in processes of papo's own, which end before the policy is trained."""
+
+    python: str | None = Field(
+        None, min_length=1, description="Interpreter of the environment that has vLLM; null: the one papo runs in."
+    )
+    options: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="Further arguments of vllm.LLM: tensor_parallel_size: 2."
+    )
+    devices: list[str] = Field(
+        default_factory=list,
+        description="CUDA_VISIBLE_DEVICES of each engine, one engine an entry; empty: one, which sees all.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    start_s: float = Field(900.0, gt=0.0, le=86_400.0, description="For an engine to load the policy.")
+
+
 class RolloutParams(_Section):
     """G samples a prompt from the policy of the round."""
 
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm", "vllm-server"] = "transformers"
     prompts_per_round: Positive = 48
     group_size: int = Field(8, ge=2, le=1024, description="G; a group of 1 has no advantage.")
     temperature: float = Field(1.0, ge=0.0, le=10.0)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    max_prompt_tokens: Positive = 2048
+    max_prompt_tokens: int = Field(2048, ge=1, description="A longer prompt is left out, and counted.")
     max_new_tokens: Positive = 96
-    prompts_per_shard: Positive = Field(48, description="Prompts sampled as one batch and stored as one shard.")
+    prompts_per_shard: Positive = Field(
+        48, description="Prompts that are stored as one shard; with transformers, sampled as one batch of batches."
+    )
+    batch_rows: int | None = Field(
+        None, ge=1, description="transformers: responses at a time; null: a power of two that memory has room for."
+    )
+    max_prompts: int | None = Field(
+        None,
+        ge=1,
+        description="Further prompts are sampled until prompts_per_round groups have an advantage that is not zero, this many at most; "
+        "null: a round is its first prompts_per_round, whatever their advantage.",
+    )
+    checked_rows: int = Field(
+        16, ge=0, description="Responses of a round whose log-probs are computed anew by the trainer's model."
+    )
+    server: ServerParams = ServerParams()
+    vllm: VllmParams = VllmParams()
 
     @model_validator(mode="after")
     def _sampled(self) -> RolloutParams:
@@ -295,7 +396,20 @@ class RolloutParams(_Section):
             raise ValueError(
                 "top_p below 1 samples from a truncated distribution, whose log-probs training would not match; use 1.0"
             )
+        if self.max_prompts is not None and self.max_prompts < self.prompts_per_round:
+            raise ValueError(f"max_prompts {self.max_prompts} is below prompts_per_round {self.prompts_per_round}")
         return self
+
+    @property
+    def dtype(self) -> str:
+        """What the engine computes in."""
+        return {"vllm": self.vllm.dtype, "vllm-server": self.server.dtype}.get(self.engine, "float32")
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """Those that decide what is sampled; the others say where, and how fast."""
+        unused = {"server", "vllm"} | ({"batch_rows"} if self.engine != "transformers" else set())
+        return self.model_dump(mode="json", exclude=unused) | {"dtype": self.dtype}
 
 
 class SandboxParams(_Section):
@@ -338,12 +452,7 @@ class ChatParams(_Section):
     # Of the model as a whole, as errors of a field show its value, which may be a key in the wrong place.
     @model_validator(mode="after")
     def _without_secrets(self) -> Self:
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
-            raise ValueError(
-                "api_key_env takes the name of an environment variable, such as OPENAI_API_KEY; never the key"
-            )
-        if self.base_url is not None and not _plain_url(self.base_url):
-            raise ValueError("base_url takes http(s)://host[:port][/path], without user, password or query")
+        _check_address(self.api_key_env, *([self.base_url] if self.base_url is not None else []))
         return self
 
 
@@ -354,15 +463,6 @@ class SecondOpinionParams(ChatParams):
     concurrency: int = Field(8, ge=1, le=256, description="Questions at a time.")
     timeout_s: float = Field(60.0, gt=0.0, le=3600.0, description="For one question with all its tries.")
     tries: int = Field(3, ge=1, le=100, description="Of one question.")
-
-
-def _plain_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-    return whole and not ("@" in parts.netloc or "?" in url or "#" in url or any(char.isspace() for char in url))
 
 
 class ScoreOrmParams(_Section):

@@ -8,12 +8,13 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from papo.calibration import calibrations
-from papo.engines.protocols import Judge
+from papo.engines.protocols import Judge, Sampler
 from papo.errors import MissingInputError, ParamsError
 from papo.params import Params, defined_benchmarks, to_json, with_values
 from papo.schemas import EVALUATION, PROBLEMS
@@ -22,6 +23,9 @@ from papo.store.files import read_json
 from papo.store.layout import Workspace
 from papo.store.manifest import Context, Manifest, code_digest
 from papo.store.tables import read_columns, read_rows, write_rows
+
+if TYPE_CHECKING:
+    from papo.engines.serving import Servers
 
 T = TypeVar("T")
 
@@ -67,7 +71,7 @@ def steps(params: Params) -> Iterator[Step]:
 def lineage(params: Params) -> str:
     """Twelve hex digits that name what a run is a run of: its params that decide results, and the code of every stage."""
     sections = {name: json.loads(to_json(getattr(params, name))) for name in Params.model_fields if name != "tracking"}
-    sections["score_prm"] = params.score_prm.deciding
+    sections |= {"rollout": params.rollout.deciding, "score_prm": params.score_prm.deciding}
     identity = {"params": sections, "code": {stage: code_digest(CODE[stage]) for stage in CODE}}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -127,17 +131,32 @@ def _warmstart(params: Params, workspace: Workspace, context: Context, round_: N
 
 
 def _rollout(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+    from papo.engines.recompute import PolicyRecomputer
     from papo.engines.samplers import make_sampler
 
     p = params.rollout
     policy = workspace.policy(round_ - 1)
     inputs = rollout.Inputs(round=round_, seed=params.run.seed, problems=workspace.train_problems, policy=policy)
-    sampler = make_sampler(
-        p.engine, policy, temperature=p.temperature, top_p=p.top_p,
-        max_prompt_tokens=p.max_prompt_tokens, max_new_tokens=p.max_new_tokens,
-    )  # fmt: skip
     out = workspace.table(round_, "rollouts")
-    return rollout.run(p, _there(inputs, workspace), out, engine=sampler, context=context)
+    with _servers(params, workspace, context) as servers:
+        sampler = make_sampler(
+            p, policy, temperature=p.temperature, top_p=p.top_p, max_new_tokens=p.max_new_tokens,
+            urls=lambda: servers.serve(policy), warn=context.warn,
+        )  # fmt: skip
+        engine = rollout.Engine(sampler, PolicyRecomputer(policy, temperature=p.temperature, device=_beside(params)))
+        return rollout.run(p, _there(inputs, workspace), out, engine=engine, context=context)
+
+
+def _servers(params: Params, workspace: Workspace, context: Context) -> Servers:
+    """Those that rollouts and evaluation sample from; what papo starts of them ends with the stage, so that training has its memory."""
+    from papo.engines.serving import Servers
+
+    return Servers(params.rollout.server, workspace.work / "servers", say=context.say)
+
+
+def _beside(params: Params) -> str | None:
+    """Where a model computes while the engine samples: on the CPU if the engine may have all memory of the GPU."""
+    return None if params.rollout.engine == "transformers" else "cpu"
 
 
 def _score_orm(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
@@ -284,8 +303,8 @@ def evaluate_policies(
         Path(name).resolve().name if Path(name).is_dir() else name for name in (policy, against) if name
     )
     out = workspace.comparisons / label
-    engine = _evaluation_engine(params)
-    return out, evaluate.run(params.evaluate, inputs, out, engine=engine, context=context)
+    with _evaluation_engine(params, workspace, context) as engine:
+        return out, evaluate.run(params.evaluate, inputs, out, engine=engine, context=context)
 
 
 def _by_hand(params: Params, **changed: Any) -> Params:
@@ -335,8 +354,8 @@ def measure_pass_rates(
         max_new_tokens=params.rollout.max_new_tokens,
     )  # fmt: skip
     tries = workspace.comparisons / f"pass-rates-{Path(policy).name}"
-    engine = _evaluation_engine(params)
-    evaluate.run(params.evaluate, _there(inputs, workspace), tries, engine=engine, context=context)
+    with _evaluation_engine(params, workspace, context) as engine:
+        evaluate.run(params.evaluate, _there(inputs, workspace), tries, engine=engine, context=context)
     scores: dict[str, list[float]] = defaultdict(list)
     for row in read_columns(tries / "train.parquet", EVALUATION, "problem_id", "orm_score"):
         if row["orm_score"] is not None:
@@ -393,22 +412,25 @@ def _evaluate(params: Params, workspace: Workspace, context: Context, round_: No
         benchmarks={name: workspace.benchmark(name) for name in p.benchmarks},
         metrics={name: params.metric(name) for name in p.benchmarks},
     )
-    engine = _evaluation_engine(params)
-    return evaluate.run(p, _there(inputs, workspace), workspace.evaluation, engine=engine, context=context)
+    with _evaluation_engine(params, workspace, context) as engine:
+        return evaluate.run(p, _there(inputs, workspace), workspace.evaluation, engine=engine, context=context)
 
 
-def _evaluation_engine(params: Params) -> evaluate.Engine:
+@contextmanager
+def _evaluation_engine(params: Params, workspace: Workspace, context: Context) -> Iterator[evaluate.Engine]:
     from papo.engines.samplers import make_sampler
     from papo.engines.verifiers import make_verifier
 
     p = params.evaluate
-    return evaluate.Engine(
-        sampler=lambda policy: make_sampler(
-            params.rollout.engine, policy, temperature=p.temperature, top_p=p.top_p,
-            max_prompt_tokens=params.rollout.max_prompt_tokens, max_new_tokens=p.max_new_tokens,
-        ),
-        verifier=make_verifier(params.score_orm),
-    )  # fmt: skip
+    with _servers(params, workspace, context) as servers:
+
+        def sampler(policy: Path) -> Sampler:
+            return make_sampler(
+                params.rollout, policy, temperature=p.temperature, top_p=p.top_p, max_new_tokens=p.max_new_tokens,
+                urls=lambda: servers.serve(policy), warn=context.warn,
+            )  # fmt: skip
+
+        yield evaluate.Engine(sampler=sampler, verifier=make_verifier(params.score_orm))
 
 
 def _report(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
@@ -455,6 +477,12 @@ def _maker(path: Path, workspace: Workspace) -> str:
     if parts[0] == "data":
         return Step("prepare").command
     if parts[1] == "rounds":
-        stages = {"rollouts": "rollout", "orm": "score_orm", "prm": "score_prm", "advantages": "advantage"}
+        stages = {
+            "rollouts": "rollout",
+            "tried": "rollout",
+            "orm": "score_orm",
+            "prm": "score_prm",
+            "advantages": "advantage",
+        }
         return Step(stages.get(parts[3].split(".")[0], "train"), int(parts[2])).command
     return Step({"warmstart": "warmstart", "evaluation": "evaluate"}.get(parts[1], "report")).command

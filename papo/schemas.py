@@ -116,7 +116,7 @@ TRACES = Table("traces", 1, (("prompt", pa.string()), ("completion", pa.string()
 
 ROLLOUTS = Table(
     "rollouts",
-    1,
+    2,
     (
         *_KEY_COLUMNS,
         ("prompt", pa.string()),
@@ -128,8 +128,33 @@ ROLLOUTS = Table(
         ("policy_digest", pa.string()),
         ("temperature", pa.float64()),
         ("top_p", pa.float64()),
+        ("max_new_tokens", pa.int32()),
         ("seed", pa.uint64()),
+        ("engine", pa.string()),  # rollout.engine
+        ("engine_version", pa.string()),
+        # Of the log-probs and those that the trainer's model gives; null where they were not computed anew.
+        ("logprob_difference_mean", pa.float32()),
+        ("logprob_difference_max", pa.float32()),
     ),
+    frozenset({"logprob_difference_mean", "logprob_difference_max"}),
+)
+
+# What became of each prompt of a round.
+TRIED = Table(
+    "tried",
+    1,
+    (
+        ("round", pa.int32()),
+        ("problem_id", pa.string()),
+        ("place", pa.int32()),  # in the order drawn; null: too long to be drawn
+        ("status", pa.string()),  # kept | no_advantage | surplus | too_long
+        ("reason", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("accuracy", pa.float64()),
+        ("length_mean", pa.float64()),
+        ("truncated_share", pa.float64()),
+    ),
+    frozenset({"place", "prompt_tokens", "accuracy", "length_mean", "truncated_share"}),
 )
 
 ORM = Table(
@@ -235,7 +260,20 @@ CALIBRATION = Table(
 
 TABLES = {
     table.name: table
-    for table in (PROBLEMS, DROPPED, TRACES, ROLLOUTS, ORM, PRM, ADVANTAGES, SAMPLES, EVALUATION, VERDICTS, CALIBRATION)
+    for table in (
+        PROBLEMS,
+        DROPPED,
+        TRACES,
+        ROLLOUTS,
+        TRIED,
+        ORM,
+        PRM,
+        ADVANTAGES,
+        SAMPLES,
+        EVALUATION,
+        VERDICTS,
+        CALIBRATION,
+    )
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from checkout import TINY as SMALL
+from sampling import SAMPLING
 
 from papo.cli import main, quiet_environment
 from papo.engines.protocols import Progress, Sample, SampleRequest
@@ -63,7 +64,13 @@ def keyless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeSampler:
-    """Answers by the seed of the request alone; `stop` is called before the batch with that number, from 1."""
+    """Answers by the seed of the request alone; `stop` is called before the batch with that number, from 1.
+
+    A prompt with a blank does not fit.
+    """
+
+    name = "fake"
+    repeatable = True
 
     def __init__(self, *, stop_at: int = 0, stop: Callable[[], None] = lambda: None) -> None:
         self.batches: list[list[SampleRequest]] = []
@@ -75,6 +82,20 @@ class FakeSampler:
         self.batches.append(list(requests))
         progress(len(requests))
         return [self._one(request) for request in requests]
+
+    def sample_shards(
+        self, shards: Sequence[Sequence[SampleRequest]], progress: Progress
+    ) -> Iterator[tuple[int, list[Sample]]]:
+        for number, shard in enumerate(shards):
+            yield number, self.sample(shard, progress)
+
+    def check(self) -> None: ...
+
+    def fits(self, prompt: str) -> str | None:
+        return "it has a blank" if " " in prompt else None
+
+    def metrics(self) -> dict[str, float]:
+        return {"batches": float(len(self.batches))}
 
     def versions(self) -> dict[str, str]:
         return {"fake": "1"}
@@ -121,7 +142,7 @@ class SmallRound:
 
     def rollouts(self, **columns: Any) -> Path:
         given = {"completion": "\\boxed{3}", "completion_ids": [5, 6], "logprobs": [-0.1, -0.2], "finish_reason": "stop",
-                 "policy_digest": digest(self.policy), "temperature": 1.0, "top_p": 1.0, "prompt_ids": [1]}  # fmt: skip
+                 "policy_digest": digest(self.policy), **SAMPLING, "prompt_ids": [1]}  # fmt: skip
         rows = [
             {"prompt": prompt, "seed": row_seed(0, 0, problem, index)} | given
             for prompt, problem, index in self.keys

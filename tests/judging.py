@@ -21,6 +21,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from sampling import SAMPLING
 from servers.chat import USAGE_FAULTS, ChatProcess, Plan, State, content_of
 
 from papo.engines.judges import make_judge
@@ -63,7 +64,7 @@ def write_round(workspace: Workspace, groups: Sequence[str] = GROUPS, *, seed: i
             key = {"round": 0, "problem_id": name, "sample_index": index}
             rollouts.append(key | {
                 "prompt": prompt, "completion": text, "completion_ids": [5, 6], "logprobs": [-0.1, -0.2], "finish_reason": "stop",
-                "policy_digest": "0", "temperature": 1.0, "top_p": 1.0, "prompt_ids": [1], "seed": row_seed(0, 0, name, index),
+                "policy_digest": "0", **SAMPLING, "prompt_ids": [1], "seed": row_seed(0, 0, name, index),
             })  # fmt: skip
             score = None if outcome == "?" else float(outcome)
             status = "timeout" if score is None else "ok"

@@ -109,9 +109,9 @@ def test_the_preset_of_programs_asks_the_sandbox_and_the_judge_of_readability() 
             "score_orm.second_opinion.tokens_per_minute: input should be",
         ),
         ("score_orm.second_opinion={model: m, base_ur: x}", "did you mean score_orm.second_opinion.base_url?"),
-        ("score_orm.second_opinion={model: m, base_url: localhost}", "base_url takes http(s)://host[:port][/path]"),
-        ("score_orm.second_opinion={model: m, base_url: 'ftp://a'}", "base_url takes http(s)://host[:port][/path]"),
-        ("score_orm.second_opinion={model: m, base_url: 'http://[::'}", "base_url takes http(s)://host[:port][/path]"),
+        ("score_orm.second_opinion={model: m, base_url: localhost}", "a base URL is http(s)://host[:port][/path]"),
+        ("score_orm.second_opinion={model: m, base_url: 'ftp://a'}", "a base URL is http(s)://host[:port][/path]"),
+        ("score_orm.second_opinion={model: m, base_url: 'http://[::'}", "a base URL is http(s)://host[:port][/path]"),
         (
             "score_orm.second_opinion={model: m, api_key_env: ''}",
             "api_key_env takes the name of an environment variable",

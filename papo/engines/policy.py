@@ -29,8 +29,10 @@ def import_libraries(stage: str) -> None:
         importlib.import_module("transformers.utils.logging").disable_progress_bar()
 
 
-def load_policy(policy: Path, *, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of the folder `policy`, on the GPU where there is one.
+def load_policy(
+    policy: Path, *, dtype: str = "float32", device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of the folder `policy`, on `device`; None: on the GPU where there is one.
 
     Raises:
         CheckpointError: the folder is none, or holds no model, no safetensors or no tokenizer, or they cannot be loaded.
@@ -51,7 +53,7 @@ def load_policy(policy: Path, *, dtype: str = "float32") -> tuple[PreTrainedMode
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
 def load_checkpoint(

@@ -33,14 +33,54 @@ class Sample:
 
 
 class Sampler(Protocol):
-    """Samples completions from one policy."""
+    """Samples completions from one policy; `name` is that of `rollout.engine`.
+
+    `repeatable`: the requests of a shard give the same samples to the last bit, whatever was sampled before and beside them.
+    """
+
+    name: str
+    repeatable: bool
+
+    def check(self) -> None:
+        """Raises SetupError where this machine lacks what it takes to sample."""
+        ...
+
+    def fits(self, prompt: str) -> str | None:
+        """Why `sample` would refuse the prompt; None if it would not."""
+        ...
 
     def sample(self, requests: Sequence[SampleRequest], progress: Progress) -> list[Sample]:
         """One sample a request, in order. `progress` counts finished completions."""
         ...
 
+    def sample_shards(
+        self, shards: Sequence[Sequence[SampleRequest]], progress: Progress
+    ) -> Iterator[tuple[int, list[Sample]]]:
+        """Number and samples of each shard, each as it completes."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What is worth knowing of how the sampling went so far."""
+        ...
+
     def versions(self) -> dict[str, str]:
         """Library name -> version, for the manifest."""
+        ...
+
+
+class Recomputer(Protocol):
+    """Computes the log-probs of completions by the model that training goes on from."""
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """For each sample the log-prob of each token of its completion, at the sampling temperature."""
+        ...
+
+
+class Scorer(Protocol):
+    """Scores whole groups while the round that they belong to is being sampled."""
+
+    def score(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[float | None, float]]:
+        """Outcome (None: missing) and total advantage of each row of a table of rollouts."""
         ...
 
 

@@ -2,59 +2,99 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from papo.engines.protocols import Sampler, SampleRequest
-from papo.errors import DataError
+from papo.engines.protocols import Progress, Recomputer, Sample, Sampler, SampleRequest, Scorer
+from papo.errors import CheckpointError, DataError
 from papo.params import RolloutParams
-from papo.schemas import PROBLEMS, ROLLOUTS, row_seed
+from papo.schemas import PROBLEMS, ROLLOUTS, TRIED, row_seed
 from papo.store.files import digest
 from papo.store.manifest import Context, Manifest, Task
-from papo.store.tables import read_rows, write_table
+from papo.store.tables import read_rows, write_rows, write_table
 
-CODE = ("stages/rollout.py", "engines/samplers", "engines/policy.py")
+CODE = ("stages/rollout.py", "engines/samplers", "engines/recompute.py", "engines/policy.py")
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Inputs:
+    """`scoring`: params and code by which groups are kept, where only some are."""
+
     round: int
     seed: int
     problems: Path
     policy: Path
+    scoring: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(params: RolloutParams, inputs: Inputs, out: Path, *, engine: Sampler, context: Context = Context()) -> Manifest:
-    """Writes the rollouts of one round to `out`, prompt by prompt in the order they were drawn.
+@dataclass(frozen=True)
+class Engine:
+    """Who samples, who computes log-probs anew, and who says what advantage a group has, where that decides whether it is kept."""
 
-    A shard holds `prompts_per_shard` prompts and is one batch of the sampler, whether the stage was interrupted or not: that makes
-    the rows of a restarted stage equal to those of an undisturbed one to the last bit.
+    sampler: Sampler
+    recomputer: Recomputer
+    scorer: Scorer | None = None
+
+
+def run(
+    params: RolloutParams,
+    inputs: Inputs,
+    out: Path,
+    *,
+    engine: Engine,
+    finished: Callable[[Rows], None] = lambda rows: None,
+    context: Context = Context(),
+) -> Manifest:
+    """Writes the rollouts of one round to `out`, prompt by prompt in the order they were drawn, and `tried.parquet` beside it.
+
+    A shard holds `prompts_per_shard` prompts and is stored once its last sample is there; a restarted stage samples the others. With a
+    sampler that is repeatable its rows equal those of an undisturbed one to the last bit; the metric `repeatable` says whether it is.
+
+    With `max_prompts` further shards are sampled until `prompts_per_round` groups have an advantage that is not 0 for all of their
+    responses; the first so many of them, in the order drawn, are the round.
+
+    Args:
+        finished: told of the rows of each shard once it is stored, or found stored.
+
+    Raises:
+        DataError: too few training problems, or none that the policy can be asked.
+        CheckpointError: the policy gives log-probs that are no numbers.
+        SetupError, ServerDownError: of the sampler; shards that are stored stay.
     """
-    task = Task("rollout", params, inputs, [out], code=CODE, context=context)
+    task = Task("rollout", params.deciding, inputs, [out, out.with_name("tried.parquet")], code=CODE, context=context)
     if done := task.done():
         return done
-    problems = choose(read_rows(inputs.problems, PROBLEMS), inputs.round, params.prompts_per_round, inputs.seed)
-    policy = digest(inputs.policy)
-    size = params.prompts_per_shard
-    shards = [problems[start : start + size] for start in range(0, len(problems), size)]
-    with context.progress(f"rollout {inputs.round}", len(problems) * params.group_size) as progress:
-        parts = []
-        for index, shard in enumerate(shards):
-            make = partial(_sample, shard, params, inputs, policy, engine, progress)
-            parts.append(task.shard(index, ROLLOUTS, make))
-    table = pa.concat_tables(parts)
+    engine.sampler.check()
+    problems, unfit = _fitting(read_rows(inputs.problems, PROBLEMS), params, engine.sampler)
+    drawn = choose(problems, inputs.round, params.max_prompts or params.prompts_per_round, inputs.seed)
+    wanted = min(params.prompts_per_round, len(drawn))
+    with context.progress(f"rollout {inputs.round}", wanted * params.group_size) as progress:
+        sampling = _Sampling(task, params, inputs, engine, drawn, finished, progress)
+        kept = _all(sampling, wanted) if engine.scorer is None else _with_advantage(sampling, wanted, engine.scorer)
+    if len(kept) < wanted:
+        context.warn(
+            f"rollout {inputs.round}: {len(kept)} of {len(sampling.groups)} prompts have an advantage, {wanted} were wanted; "
+            "rollout.max_prompts allows no more"
+        )
+    table = pa.concat_tables([sampling.groups[place] for place in kept])
     write_table(out, ROLLOUTS, table)
-    lengths = pc.list_value_length(table["completion_ids"]).to_numpy()
+    tried = sampling.tried(set(kept)) + [_too_long(inputs.round, problem, why) for problem, why in unfit]
+    write_rows(task.outputs[1], TRIED, tried)
     reasons = Counter(str(reason) for reason in table["finish_reason"].to_pylist())
-    metrics = {"length_mean": lengths.mean(), "truncated_share": reasons["length"] / len(lengths)}
-    return task.finish(rows=len(table), counts=reasons, metrics=metrics, versions=engine.versions())
+    dropped = Counter(f"dropped_{row['status']}" for row in tried if row["status"] != "kept")
+    metrics = _metrics(table, tried) | engine.sampler.metrics() | {"repeatable": float(engine.sampler.repeatable)}
+    return task.finish(rows=len(table), counts=reasons + dropped, metrics=metrics, versions=engine.sampler.versions())
 
 
 def choose(problems: list[dict[str, Any]], round_: int, count: int, seed: int) -> list[dict[str, Any]]:
@@ -65,9 +105,9 @@ def choose(problems: list[dict[str, Any]], round_: int, count: int, seed: int) -
     """
     if count > len(problems):
         raise DataError(
-            f"rollout.prompts_per_round is {count}, but there are only {len(problems)} training problems",
+            f"a round takes {count} prompts, but there are only {len(problems)} training problems that fit the policy",
             where="data/problems/train.parquet",
-            fix="lower rollout.prompts_per_round, or prepare more problems",
+            fix="lower rollout.prompts_per_round and rollout.max_prompts, prepare more problems, or raise rollout.max_prompt_tokens",
         )
     epoch, part = divmod(round_, len(problems) // count)
     order = list(range(len(problems)))
@@ -75,30 +115,200 @@ def choose(problems: list[dict[str, Any]], round_: int, count: int, seed: int) -
     return [problems[index] for index in order[part * count : (part + 1) * count]]
 
 
-def _sample(
-    problems: list[dict[str, Any]], params: RolloutParams, inputs: Inputs, policy: str, engine: Sampler, progress: Any
-) -> list[dict[str, Any]]:
-    keys = [(problem, index) for problem in problems for index in range(params.group_size)]
-    requests = [
-        SampleRequest(problem["prompt"], row_seed(inputs.seed, inputs.round, problem["problem_id"], index))
-        for problem, index in keys
-    ]
-    samples = engine.sample(requests, progress)
-    return [
-        {
-            "round": inputs.round,
-            "problem_id": problem["problem_id"],
-            "sample_index": index,
-            "prompt": problem["prompt"],
-            "prompt_ids": sample.prompt_ids,
-            "completion": sample.completion,
-            "completion_ids": sample.completion_ids,
-            "logprobs": sample.logprobs,
-            "finish_reason": sample.finish_reason,
-            "policy_digest": policy,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "seed": request.seed,
+def _fitting(
+    problems: list[dict[str, Any]], params: RolloutParams, sampler: Sampler
+) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], str]]]:
+    """The problems that the policy can be asked, and the others with the reason."""
+    reasons = [(problem, sampler.fits(problem["prompt"])) for problem in problems]
+    return (
+        [problem for problem, why in reasons if why is None],
+        [(problem, why) for problem, why in reasons if why is not None],
+    )
+
+
+def _too_long(round_: int, problem: Mapping[str, Any], why: str) -> dict[str, Any]:
+    return {"round": round_, "problem_id": problem["problem_id"], "status": "too_long", "reason": why}
+
+
+class _Sampling:
+    """The groups of a round that were sampled so far, by the place at which their problems were drawn."""
+
+    def __init__(
+        self,
+        task: Task,
+        params: RolloutParams,
+        inputs: Inputs,
+        engine: Engine,
+        drawn: list[dict[str, Any]],
+        finished: Callable[[Rows], None],
+        progress: Progress,
+    ) -> None:
+        self._task, self._params, self._inputs, self._engine = task, params, inputs, engine
+        self._drawn, self._finished, self._progress = drawn, finished, progress
+        self._policy = digest(inputs.policy)
+        self._size = params.prompts_per_shard
+        first = [request.seed for place in range(params.prompts_per_round) for request in self._requests(place)]
+        self._checked = set(sorted(first)[: params.checked_rows])
+        self.groups: dict[int, pa.Table] = {}
+        self.scores: dict[int, list[tuple[float | None, float]]] = {}
+
+    @property
+    def left(self) -> int:
+        """Prompts that were drawn and not sampled."""
+        return len(self._drawn) - len(self.groups)
+
+    def sample(self, prompts: int) -> list[int]:
+        """Samples as many further prompts, in whole shards; their places."""
+        first = len(self.groups)
+        shards = range(first // self._size, -(-min(first + prompts, len(self._drawn)) // self._size))
+        missing = []
+        for shard in shards:
+            if (table := self._task.stored(shard, ROLLOUTS)) is None:
+                missing.append(shard)
+            else:
+                self._progress(len(table))
+                self._take(shard, table)
+        requests = [[one for place in self._places(shard) for one in self._requests(place)] for shard in missing]
+        for number, samples in self._engine.sampler.sample_shards(requests, self._progress):
+            shard = missing[number]
+            rows = self._rows(self._places(shard), requests[number], samples)
+            self._take(shard, self._task.store(shard, ROLLOUTS, rows))
+        return [place for shard in shards for place in self._places(shard)]
+
+    def score(self, places: Sequence[int], scorer: Scorer) -> None:
+        rows = [row for place in places for row in self.groups[place].to_pylist()]
+        found = iter(scorer.score(rows))
+        for place in places:
+            self.scores[place] = [next(found) for _ in range(self._params.group_size)]
+
+    def has_advantage(self, place: int) -> bool:
+        return any(advantage != 0.0 for _, advantage in self.scores[place])
+
+    def tried(self, kept: set[int]) -> list[dict[str, Any]]:
+        """A row a prompt that was sampled, whether its group was kept or not."""
+        return [self._tried(place, place in kept) for place in sorted(self.groups)]
+
+    def _tried(self, place: int, kept: bool) -> dict[str, Any]:
+        group = self.groups[place]
+        lengths = pc.list_value_length(group["completion_ids"]).to_numpy()
+        outcomes = [outcome for outcome, _ in self.scores.get(place, ()) if outcome is not None]
+        status = "kept" if kept else "surplus" if self.has_advantage(place) else "no_advantage"
+        reasons = {"surplus": "the round had its groups", "no_advantage": "every advantage of its group is 0"}
+        return {
+            "round": self._inputs.round,
+            "problem_id": self._drawn[place]["problem_id"],
+            "place": place,
+            "status": status,
+            "reason": reasons.get(status, ""),
+            "prompt_tokens": len(group["prompt_ids"][0]),
+            "accuracy": sum(outcomes) / len(outcomes) if outcomes else None,
+            "length_mean": float(lengths.mean()),
+            "truncated_share": group["finish_reason"].to_pylist().count("length") / len(group),
         }
-        for (problem, index), request, sample in zip(keys, requests, samples, strict=True)
-    ]
+
+    def _places(self, shard: int) -> range:
+        return range(shard * self._size, min((shard + 1) * self._size, len(self._drawn)))
+
+    def _requests(self, place: int) -> list[SampleRequest]:
+        problem, of = self._drawn[place], self._inputs
+        return [
+            SampleRequest(problem["prompt"], row_seed(of.seed, of.round, problem["problem_id"], index))
+            for index in range(self._params.group_size)
+        ]
+
+    def _take(self, shard: int, table: pa.Table) -> None:
+        group = self._params.group_size
+        for number, place in enumerate(self._places(shard)):
+            self.groups[place] = table.slice(number * group, group)
+        self._finished(table.to_pylist())
+
+    def _rows(
+        self, places: Sequence[int], requests: Sequence[SampleRequest], samples: Sequence[Sample]
+    ) -> list[dict[str, Any]]:
+        keys = [(self._drawn[place], index) for place in places for index in range(self._params.group_size)]
+        version = ", ".join(f"{name} {number}" for name, number in sorted(self._engine.sampler.versions().items()))
+        differences = self._differences(requests, samples)
+        return [
+            {
+                "round": self._inputs.round,
+                "problem_id": problem["problem_id"],
+                "sample_index": index,
+                "prompt": problem["prompt"],
+                "prompt_ids": sample.prompt_ids,
+                "completion": sample.completion,
+                "completion_ids": sample.completion_ids,
+                "logprobs": sample.logprobs,
+                "finish_reason": sample.finish_reason,
+                "policy_digest": self._policy,
+                "temperature": self._params.temperature,
+                "top_p": self._params.top_p,
+                "max_new_tokens": self._params.max_new_tokens,
+                "seed": request.seed,
+                "engine": self._engine.sampler.name,
+                "engine_version": version,
+                **differences.get(request.seed, {}),
+            }
+            for (problem, index), request, sample in zip(keys, requests, samples, strict=True)
+        ]
+
+    def _differences(self, requests: Sequence[SampleRequest], samples: Sequence[Sample]) -> dict[int, dict[str, float]]:
+        """By seed, for the rows that are checked: how far the log-probs are from those of the trainer's model."""
+        chosen = [
+            (request.seed, sample)
+            for request, sample in zip(requests, samples, strict=True)
+            if request.seed in self._checked
+        ]
+        if not chosen:
+            return {}
+        anew = self._engine.recomputer.logprobs([sample for _, sample in chosen])
+        found = {}
+        for (seed, sample), values in zip(chosen, anew, strict=True):
+            apart = np.abs(np.subtract(values, sample.logprobs))
+            if not np.isfinite(apart).all():
+                raise CheckpointError(
+                    "the policy gives log-probs that are no finite numbers",
+                    where=str(self._inputs.policy),
+                    fix="go on from an earlier policy, with a lower train.learning_rate",
+                )
+            found[seed] = {
+                "logprob_difference_mean": float(apart.mean()),
+                "logprob_difference_max": float(apart.max()),
+            }
+        return found
+
+
+def _all(sampling: _Sampling, wanted: int) -> list[int]:
+    return sampling.sample(wanted)
+
+
+def _with_advantage(sampling: _Sampling, wanted: int, scorer: Scorer) -> list[int]:
+    """Places of the first groups with an advantage; of the first of all, if none has one: a round is not empty."""
+    kept: list[int] = []
+    while len(kept) < wanted and sampling.left:
+        # As many as will do if further groups are as the ones before.
+        rate = len(kept) / len(sampling.groups) if kept else 1.0
+        places = sampling.sample(math.ceil((wanted - len(kept)) / rate))
+        sampling.score(places, scorer)
+        kept += [place for place in places if sampling.has_advantage(place)]
+    return kept[:wanted] or sorted(sampling.groups)[:1]
+
+
+def _metrics(table: pa.Table, tried: Rows) -> dict[str, float]:
+    """Of the rows that are kept, and of all that were sampled, whether they were kept or not."""
+    lengths = pc.list_value_length(table["completion_ids"]).to_numpy()
+    metrics = {
+        "length_mean": lengths.mean(),
+        "truncated_share": table["finish_reason"].to_pylist().count("length") / len(table),
+    }
+    for name, of in (("mean", np.mean), ("max", np.max)):
+        values = table[f"logprob_difference_{name}"].drop_null().to_numpy()
+        if len(values):
+            metrics[f"logprob_difference_{name}"] = of(values)
+    sampled = [row for row in tried if row["status"] != "too_long"]
+    if any(row["status"] != "kept" for row in sampled):
+        metrics["tried"] = len(sampled)
+        for whose, rows in (("tried", sampled), ("kept", [row for row in sampled if row["status"] == "kept"])):
+            for name in ("prompt_tokens", "length_mean", "accuracy"):
+                if known := [row[name] for row in rows if row[name] is not None]:
+                    metrics[f"{whose}_{name}"] = sum(known) / len(known)
+    return metrics

@@ -77,14 +77,15 @@ def _no_progress(description: str, total: int) -> AbstractContextManager[Callabl
 class Context:
     """What a stage is given beside its params and inputs; none of it changes a result.
 
-    `begin` is called with the stage's name when there is something to do, before its time is taken; `trace` once a call of a model, with
-    what `Tracker.trace` takes.
+    `begin` is called with the stage's name when there is something to do, before its time is taken; `say` is told of what takes time,
+    `trace` of each call of a model, with what `Tracker.trace` takes.
     """
 
     work: Path = Path(".papo")
     begin: Callable[[str], None] = lambda stage: None
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _no_progress
     warn: Callable[[str], None] = lambda message: None
+    say: Callable[[str], None] = lambda message: None
     trace: Callable[[Mapping[str, Any]], None] = lambda call: None
 
 
@@ -151,18 +152,32 @@ class Task:
         return manifest.model_copy(update={"skipped": True})
 
     def shard(self, index: int, table: Table, make: Callable[[], Sequence[Mapping[str, Any]]]) -> pa.Table:
-        """Shard `index`, made only if an earlier run has not finished it. A damaged one is set aside and made again."""
-        path = self.work / f"{table.name}-{index:05d}.parquet"
-        if path.exists():
-            try:
-                return read_table(path, table)
-            except PapoError as error:
-                aside = self.context.work / "quarantine" / f"{self.work.name}-{path.name}"
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(aside)
-                self.context.warn(f"shard {path.name} is damaged ({error.what}); moved to {aside} and made again")
-        write_rows(path, table, make())
+        """Shard `index`, made only if an earlier run has not finished it."""
+        found = self.stored(index, table)
+        return self.store(index, table, make()) if found is None else found
+
+    def stored(self, index: int, table: Table) -> pa.Table | None:
+        """Shard `index`, if an earlier run has finished it. A damaged one is set aside."""
+        path = self._shard(index, table)
+        if not path.exists():
+            return None
+        try:
+            return read_table(path, table)
+        except PapoError as error:
+            aside = self.context.work / "quarantine" / f"{self.work.name}-{path.name}"
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(aside)
+            self.context.warn(f"shard {path.name} is damaged ({error.what}); moved to {aside} and made again")
+            return None
+
+    def store(self, index: int, table: Table, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+        """Shard `index`, as it is read back."""
+        path = self._shard(index, table)
+        write_rows(path, table, rows)
         return read_table(path, table)
+
+    def _shard(self, index: int, table: Table) -> Path:
+        return self.work / f"{table.name}-{index:05d}.parquet"
 
     def finish(
         self,

@@ -65,9 +65,9 @@ def forward_logprobs() -> Logprobs:
 @pytest.fixture(scope="session")
 def groups(policy: Path) -> list[list[TrainRow]]:
     """Four prompts with four samples each at temperature 1 and their behaviour log-probs; a quarter of the rows without advantage."""
-    from papo.engines.samplers import make_sampler
+    from papo.engines.samplers.transformers import TransformersSampler
 
-    sampler = make_sampler("transformers", policy, temperature=1.0, top_p=1.0, max_prompt_tokens=32, max_new_tokens=20)
+    sampler = TransformersSampler(policy, temperature=1.0, top_p=1.0, max_prompt_tokens=32, max_new_tokens=20)
     advantages = [1.5, -0.5, 0.0, -1.0]
     requests = [
         SampleRequest(prompt, 10 * number + index) for number, prompt in enumerate(PROMPTS) for index in range(4)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sampling import SAMPLING
 
 import papo
 from papo.core.advantages import compute_advantages
@@ -196,7 +197,7 @@ def by_pipeline(folder: Path, tokenizer: Any, context: Context, **params: Any) -
             rows.append({
                 "round": 0, "problem_id": problem_id(prompt, answer), "sample_index": index, "prompt": prompt,
                 "prompt_ids": tokenizer.encode(prompt), "completion": text, "completion_ids": ids, "logprobs": [-1.0] * len(ids),
-                "finish_reason": "stop", "policy_digest": "none", "temperature": 1.0, "top_p": 1.0, "seed": index,
+                "finish_reason": "stop", "policy_digest": "none", **SAMPLING, "seed": index,
             })  # fmt: skip
     paths = {name: folder / f"{name}.parquet" for name in ("problems", "rollouts", "orm", "prm", "advantages")}
     write_rows(paths["rollouts"], ROLLOUTS, rows)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from papo.engines.protocols import Sample, Sampler, SampleRequest
-from papo.engines.samplers import make_sampler
+from papo.engines.samplers.transformers import TransformersSampler
 from papo.errors import CheckpointError, DataError, StageError
 
 Logprobs = Callable[..., np.ndarray]
@@ -29,8 +29,7 @@ REQUESTS = [SampleRequest(prompt, 1000 * number + seed) for number, prompt in en
 def sampler_of(
     policy: Path, temperature: float = 1.0, top_p: float = 1.0, new: int = 16, prompt: int = 32, **more: Any
 ) -> Sampler:
-    return make_sampler(
-        "transformers",
+    return TransformersSampler(
         policy,
         temperature=temperature,
         top_p=top_p,
@@ -464,14 +463,13 @@ import resource, sys
 from pathlib import Path
 import psutil
 from papo.engines.protocols import SampleRequest
-from papo.engines.samplers import make_sampler
+from papo.engines.samplers.transformers import TransformersSampler
 
 requests = [SampleRequest("1" * 1000, seed) for seed in range(512)]
 
 def sampled():
     said = []
-    sampler = make_sampler(
-        "transformers", Path(sys.argv[1]), temperature=1.0, top_p=1.0, max_prompt_tokens=1000, max_new_tokens=8, warn=said.append
+    sampler = TransformersSampler(Path(sys.argv[1]), temperature=1.0, top_p=1.0, max_prompt_tokens=1000, max_new_tokens=8, warn=said.append
     )
     return [sample.completion_ids for sample in sampler.sample(requests, lambda done: None)], len(said)
 

@@ -431,7 +431,16 @@ def staged(
         for number, group in enumerate(groups)
         for index, row in enumerate(group)
     ]
-    sampling = {"finish_reason": "stop", "policy_digest": digest(policy), "temperature": 1.0, "top_p": 1.0, "seed": 0}
+    sampling = {
+        "finish_reason": "stop",
+        "policy_digest": digest(policy),
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "max_new_tokens": 8,
+        "engine": "fake",
+        "engine_version": "1",
+        "seed": 0,
+    }
     rollouts, advantages = folder / "rollouts.parquet", folder / "advantages.parquet"
     write_rows(
         rollouts,

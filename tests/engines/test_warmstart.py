@@ -11,7 +11,7 @@ import pytest
 
 from papo.engines.policy import load_policy
 from papo.engines.protocols import SampleRequest
-from papo.engines.samplers import make_sampler
+from papo.engines.samplers.transformers import TransformersSampler
 from papo.engines.sources.sums import SumsSource
 from papo.engines.warmstart import (
     CheckpointWarmStarter,
@@ -89,7 +89,7 @@ def test_a_trained_policy_learns_to_stop(tmp_path: Path) -> None:
     traces = [("1+1=?\n", "\\boxed{2}")] * 16
     params = SMALL.model_copy(update={"steps": 40, "learning_rate": 1e-2})
     SftWarmStarter(params).fit(traces, tmp_path, lambda _: None)
-    sampler = make_sampler("transformers", tmp_path, temperature=0.0, top_p=1.0, max_prompt_tokens=9, max_new_tokens=9)
+    sampler = TransformersSampler(tmp_path, temperature=0.0, top_p=1.0, max_prompt_tokens=9, max_new_tokens=9)
     (sample,) = sampler.sample([SampleRequest("1+1=?\n", 0)], lambda _: None)
     assert (sample.completion, sample.finish_reason) == ("\\boxed{2}", "stop")
 
@@ -167,7 +167,7 @@ def test_a_checkpoint_by_path_is_copied_and_works(policy: Path, tmp_path: Path) 
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     requests = [SampleRequest("3+5=?\n", seed) for seed in range(5)]
     samples = [
-        make_sampler("transformers", folder, temperature=1.0, top_p=1.0, max_prompt_tokens=9, max_new_tokens=9).sample(
+        TransformersSampler(folder, temperature=1.0, top_p=1.0, max_prompt_tokens=9, max_new_tokens=9).sample(
             requests, lambda _: None
         )
         for folder in (policy, tmp_path / "copy")

@@ -18,7 +18,7 @@ import sys
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -152,7 +152,7 @@ class Connection(asyncio.Protocol):
     def control(self, method: str, path: str, body: bytes) -> None:
         state = self.state
         if (method, path) == ("PUT", "/plan"):
-            state.set_plan(Plan(**json.loads(body)))
+            state.set_plan(type(state.plan)(**json.loads(body)))
             state.clear()
         answer = {"/seen": vars(state.seen), "/asked": state.asked}.get(path)
         self.send(200, json.dumps(answer).encode())
@@ -187,7 +187,7 @@ class Connection(asyncio.Protocol):
             return
         data = {"empty": b"", "html": b"<html>verdict: 1</html>"}.get(fault)
         if data is None:
-            data = completion(body, self.state.reply(body), fault)
+            data = self.write(body, fault)
         if fault == "invalid-json":
             data = data[: len(data) // 2]
         if fault == "cut":
@@ -198,6 +198,9 @@ class Connection(asyncio.Protocol):
             self.drip(data)
         else:
             self.send(200, data, kind="text/html" if fault == "html" else "application/json")
+
+    def write(self, body: dict[str, Any], fault: str) -> bytes:
+        return completion(body, self.state.reply(body), fault)
 
     def drip(self, data: bytes) -> None:
         self.timers.clear()
@@ -268,12 +271,14 @@ def completion(body: dict[str, Any], text: str, fault: str) -> bytes:
     return json.dumps(whole | USAGE_FAULTS.get(fault, usage)).encode()
 
 
-async def serve(plan: Plan) -> None:
-    """Serves on a free port until standard input ends."""
+async def serve(plan: Plan, connection: type[Connection] = Connection, *, port: int = 0, forever: bool = False) -> None:
+    """Serves on a free port, unless told which, until standard input ends, unless `forever`."""
     loop, state = asyncio.get_running_loop(), State(plan)
-    server = await loop.create_server(lambda: Connection(state), "127.0.0.1", 0, backlog=4096)
+    server = await loop.create_server(lambda: connection(state), "127.0.0.1", port, backlog=4096)
     sys.stdout.write(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1\n")
     sys.stdout.flush()
+    if forever:
+        await server.serve_forever()
     ended = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(ended), sys.stdin)
     await ended.read()
@@ -312,11 +317,15 @@ class ChatProcess:
             return json.loads(response.read())
 
 
-@contextmanager
-def chat_process(**plan: Any) -> Iterator[ChatProcess]:
+def chat_process(**plan: Any) -> AbstractContextManager[ChatProcess]:
     """A server that runs until the end of the `with`; the reply's module is imported from tests/."""
-    chosen = Plan(**plan)
-    command = [sys.executable, __file__, json.dumps(asdict(chosen))]
+    return process_of(__file__, Plan(**plan))
+
+
+@contextmanager
+def process_of(file: str, chosen: Plan) -> Iterator[ChatProcess]:
+    """The server that `file` makes of a plan, until the end of the `with`."""
+    command = [sys.executable, file, json.dumps(asdict(chosen))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None

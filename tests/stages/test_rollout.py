@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from papo.engines.protocols import Sample
 from papo.errors import DataError, MissingInputError
 from papo.params import RolloutParams
 from papo.schemas import ROLLOUTS, problem_id, row_seed
@@ -21,6 +23,17 @@ from papo.store.tables import read_rows
 PARAMS = RolloutParams(prompts_per_round=4, group_size=3, prompts_per_shard=1, temperature=0.8)
 
 
+class Echo:
+    """Computes the log-probs that FakeSampler gives, or others."""
+
+    def __init__(self, value: float = -0.5) -> None:
+        self.value, self.rows = value, 0
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[list[float]]:
+        self.rows += len(samples)
+        return [[self.value] * len(sample.completion_ids) for sample in samples]
+
+
 @pytest.fixture
 def inputs(small_round: Any) -> rollout.Inputs:
     small_round.answers = {f"{n}+1=?\n": str(n + 1) for n in range(6)}
@@ -28,7 +41,7 @@ def inputs(small_round: Any) -> rollout.Inputs:
 
 
 def run(inputs: rollout.Inputs, out: Path, engine: Any, context: Context, params: RolloutParams = PARAMS) -> Manifest:
-    return rollout.run(params, inputs, out, engine=engine, context=context)
+    return rollout.run(params, inputs, out, engine=rollout.Engine(engine, Echo()), context=context)
 
 
 def test_the_rows(tmp_path: Path, inputs: rollout.Inputs, context: Context, fake_sampler: Any) -> None:
@@ -83,13 +96,14 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeSampler
+from stages.test_rollout import Echo
 from papo.params import RolloutParams
 from papo.stages import rollout
 from papo.store.manifest import Context
 problems, policy, out, work = map(Path, sys.argv[2:])
 engine = FakeSampler(stop_at=3, stop=lambda: os.kill(os.getpid(), signal.SIGKILL))
 params = RolloutParams(prompts_per_round=4, group_size=3, prompts_per_shard=1, temperature=0.8)
-rollout.run(params, rollout.Inputs(0, 3, problems, policy), out, engine=engine, context=Context(work=work))
+rollout.run(params, rollout.Inputs(0, 3, problems, policy), out, engine=rollout.Engine(engine, Echo()), context=Context(work=work))
 """
 
 
@@ -160,7 +174,7 @@ def test_no_problem_comes_twice_in_a_round_nor_in_an_epoch() -> None:
 
 
 def test_a_round_larger_than_the_problem_set_is_refused() -> None:
-    with pytest.raises(DataError, match="prompts_per_round is 4, but there are only 3 training problems"):
+    with pytest.raises(DataError, match="a round takes 4 prompts, but there are only 3 training problems"):
         rollout.choose([{"problem_id": str(n)} for n in range(3)], 0, 4, seed=1)
 
 

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from papo.engines.protocols import Sampler
+from papo.params import RolloutParams
 
 
 def make_sampler(
-    engine: str,
+    params: RolloutParams,
     policy: Path,
     *,
     temperature: float,
     top_p: float,
-    max_prompt_tokens: int,
     max_new_tokens: int,
-    batch_rows: int | None = None,
+    urls: Callable[[], Sequence[str]] | None = None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Sampler:
-    """The sampler that `rollout.engine` names, serving the policy in the folder `policy`; `batch_rows` None: found from memory."""
-    if engine == "transformers":
-        from papo.engines.samplers.transformers import TransformersSampler
+    """The sampler that `rollout.engine` names, serving the policy in the folder `policy`.
 
-        return TransformersSampler(
+    Args:
+        urls: for vllm-server: called once, when the servers are needed; None: those of the params.
+    """
+    if params.engine == "vllm-server":
+        from papo.engines.samplers.vllm_server import VllmServerSampler
+
+        return VllmServerSampler(
             policy,
             temperature=temperature,
             top_p=top_p,
-            max_prompt_tokens=max_prompt_tokens,
+            max_prompt_tokens=params.max_prompt_tokens,
             max_new_tokens=max_new_tokens,
-            batch_rows=batch_rows,
+            params=params.server,
+            urls=urls,
             warn=warn,
         )
-    raise AssertionError(engine)
+    from papo.engines.samplers.transformers import TransformersSampler
+
+    return TransformersSampler(
+        policy,
+        temperature=temperature,
+        top_p=top_p,
+        max_prompt_tokens=params.max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_rows=params.batch_rows,
+        warn=warn,
+    )

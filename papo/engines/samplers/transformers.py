@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,9 @@ class TransformersSampler:
     that the machine, its container or its GPU has (not: has free). Where memory runs out nevertheless, batches are halved, which
     `warn` is told of once.
     """
+
+    name = "transformers"
+    repeatable = True
 
     def __init__(
         self,
@@ -87,6 +90,16 @@ class TransformersSampler:
         """Why `sample` would refuse the prompt; None if it would not."""
         unfit = self._unfit(encode_prompt(self._tokenizer, prompt))
         return unfit[0] if unfit else None
+
+    def check(self) -> None:
+        """Its libraries are papo's own."""
+
+    def sample_shards(
+        self, shards: Sequence[Sequence[SampleRequest]], progress: Progress
+    ) -> Iterator[tuple[int, list[Sample]]]:
+        """One after the other: the batches of a shard are its own, whichever others are missing."""
+        for number, shard in enumerate(shards):
+            yield number, self.sample(shard, progress)
 
     def sample(self, requests: Sequence[SampleRequest], progress: Progress) -> list[Sample]:
         encoded = {prompt: self._encode(prompt) for prompt in dict.fromkeys(request.prompt for request in requests)}

@@ -1,0 +1,346 @@
+"""The servers that a policy is sampled from: started here and anew for each policy, or told to load it, or taken as they are.
+
+What is started runs under a watchdog, in a session of its own, and none of its processes is left when it is closed, or when this process
+is gone. Whether a server serves the policy that it should is for the sampler to prove.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from papo.engines import watchdog
+from papo.errors import CheckpointError, ServerDownError, SetupError
+from papo.params import ServerParams
+from papo.store.files import digest
+
+GENTLY_S = 20.0
+"""For a server to end after SIGTERM."""
+
+MODEL = "policy"
+"""The name by which a server that is started here serves the policy, if the params give it none."""
+
+NAMED = "vllm.entrypoints.openai.api_server"
+"""The command whose last word this is takes the model as --model; `vllm serve` takes it as it stands."""
+
+_TAIL = 40
+
+
+class Server:
+    """A vLLM server for one policy.
+
+    Args:
+        log: what it says goes there; written anew at each start.
+        port: None: a free one.
+        device: CUDA_VISIBLE_DEVICES; None: as it is here.
+    """
+
+    def __init__(
+        self,
+        params: ServerParams,
+        policy: Path,
+        log: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.policy, self.log = policy, log
+        self._params, self._device = params, device
+        self._host, self._port = host, free_port() if port is None else port
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        shown = "127.0.0.1" if self._host == "0.0.0.0" else self._host
+        return f"http://{shown}:{self._port}/v1"
+
+    def start(self) -> None:
+        """Starts it; `wait` says when it answers.
+
+        Raises:
+            CheckpointError: there is no policy.
+            SetupError: the command is not there.
+        """
+        if not (self.policy / "config.json").is_file():
+            raise CheckpointError(
+                "not a policy: config.json is missing", where=str(self.policy), fix="name a folder in Hugging Face form"
+            )
+        command = self.command()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        # Its folder is on no import path, and what it leaves there is in nobody's way.
+        with self.log.open("wb") as stream:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, str(Path(watchdog.__file__)), str(GENTLY_S), *command],
+                    cwd=self.log.parent,
+                    env=self._environment(),
+                    stdin=subprocess.PIPE,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C is for whoever started it, who then ends it
+                )
+            except OSError as error:
+                raise SetupError(f"no process can be started: {error}", where=command[0], fix="free memory") from error
+
+    def command(self) -> list[str]:
+        """What is run.
+
+        Raises:
+            SetupError: the program is not there.
+        """
+        words = shlex.split(self._params.command)
+        found = which(words[0]) if words else None
+        if found is None:
+            raise SetupError(
+                f"the server cannot be started: there is no program {words[0] if words else ''}".rstrip(),
+                where="command",
+                fix="run `pip install vllm==0.32.0` in an environment of its own and name its program as command, "
+                "or start servers yourself and name them as base_urls",
+            )
+        named = ["--model"] if words[-1] == NAMED else []
+        flags: dict[str, str | int | float | bool] = {
+            "served-model-name": self._params.model or MODEL,
+            "host": self._host,
+            "port": self._port,
+            "dtype": self._params.dtype,
+            # The distribution that is sampled, not that at temperature 1; and vLLM's own settings, not those beside the weights.
+            "logprobs-mode": "processed_logprobs",
+            "generation-config": "vllm",
+        }
+        return [found, *words[1:], *named, str(self.policy.resolve()), *flags_of(flags | self._params.options)]
+
+    def wait(self) -> None:
+        """Until it answers.
+
+        Raises:
+            SetupError: it ended by itself.
+            ServerDownError: it does not answer within start_s.
+        """
+        assert self._process is not None
+        until = time.monotonic() + self._params.start_s
+        while not answers(self.url):
+            if self._process.poll() is not None:
+                raise SetupError(
+                    f"the server ended with {self._process.returncode} as it started:\n{self._tail()}",
+                    where=str(self.log),
+                    fix="correct what it says there",
+                )
+            if time.monotonic() > until:
+                self.close()
+                raise ServerDownError(
+                    f"the server does not answer within {self._params.start_s:g} s:\n{self._tail()}",
+                    where=str(self.log),
+                    fix="raise start_s, or correct what it says there",
+                )
+            time.sleep(0.2)
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def join(self) -> int:
+        """Its exit status, once it ends by itself."""
+        assert self._process is not None
+        return self._process.wait()
+
+    def close(self) -> None:
+        """Ends all of its processes."""
+        if self._process is not None:
+            self._process.terminate()  # standard input is for the case that nobody is left to do that
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(GENTLY_S + watchdog.KILLED_S + 10.0)
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            self._process = None
+
+    def _environment(self) -> dict[str, str]:
+        # PYTHONPATH would have it import from folders of this project.
+        given = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        given |= {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        if key := os.environ.get(self._params.api_key_env, "").strip():
+            given["VLLM_API_KEY"] = key
+        return given | ({} if self._device is None else {"CUDA_VISIBLE_DEVICES": self._device})
+
+    def _tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-_TAIL:])
+
+
+class Servers:
+    """The servers of a run, by the params; a context manager, which ends those that it started.
+
+    Args:
+        logs: folder for what servers and the reload command say.
+        say: told what takes time.
+    """
+
+    def __init__(self, params: ServerParams, logs: Path, *, say: Callable[[str], None] = lambda message: None) -> None:
+        self._params, self._logs, self._say = params, logs, say
+        self._started: list[Server] = []
+        self._served = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def serve(self, policy: Path) -> list[str]:
+        """URLs of servers that were told to serve the policy.
+
+        Raises:
+            CheckpointError, SetupError, ServerDownError: they cannot, and why.
+        """
+        wanted = digest(policy)
+        alive = bool(self._params.base_urls) or (self._started and all(one.running() for one in self._started))
+        if self._served == wanted and alive:
+            return self._urls()
+        self._served = ""
+        if self._params.base_urls:
+            if self._params.reload is not None:
+                self._reload(policy)
+        else:
+            self._start(policy)
+        self._served = wanted
+        return self._urls()
+
+    def close(self) -> None:
+        """Ends those that were started here; the memory that they held is free then."""
+        for server in self._started:
+            server.close()
+        self._started, self._served = [], ""
+
+    def _urls(self) -> list[str]:
+        return list(self._params.base_urls) or [one.url for one in self._started]
+
+    def _start(self, policy: Path) -> None:
+        self.close()
+        p = self._params
+        devices: Sequence[str | None] = p.devices or [None] * p.servers
+        self._say(f"starting {p.servers} vLLM server{'s' * (p.servers > 1)} for {policy}")
+        self._started = [
+            Server(p, policy, self._logs / f"server-{number}.log", device=device)
+            for number, device in enumerate(devices)
+        ]
+        try:
+            for one in self._started:
+                one.start()
+            for one in self._started:
+                one.wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def _reload(self, policy: Path) -> None:
+        """Has the person's command tell the servers, and waits until all answer."""
+        assert self._params.reload is not None
+        command = self._params.reload.replace("{policy}", shlex.quote(str(policy.resolve())))
+        self._say(f"reloading: {command}")
+        self._logs.mkdir(parents=True, exist_ok=True)
+        log = self._logs / "reload.log"
+        until = time.monotonic() + self._params.start_s
+        with log.open("wb") as stream:
+            # A file, not a pipe: what the command leaves running would keep a pipe open.
+            process = subprocess.Popen(
+                command, shell=True, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+            )
+            try:
+                status: int | None = process.wait(self._params.start_s)
+            except subprocess.TimeoutExpired:
+                status = None
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if status != 0:
+            said = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
+            how = f"did not end within {self._params.start_s:g} s" if status is None else f"ended with {status}"
+            raise SetupError(f"the reload command {how}:\n{said}".rstrip(), where=command, fix="correct reload")
+        while silent := [url for url in self._params.base_urls if not answers(url)]:
+            if time.monotonic() > until:
+                raise ServerDownError(
+                    f"after the reload {len(silent)} of {len(self._params.base_urls)} servers do not answer",
+                    where=", ".join(silent),
+                    fix="see their logs, and what reload does; or raise start_s",
+                )
+            time.sleep(0.2)
+
+
+def serve_policy(
+    params: ServerParams, policy: Path, log: Path, *, host: str, port: int, say: Callable[[str], None]
+) -> int:
+    """Serves one policy until the server ends or Ctrl-C; the exit status of the server, 0 after Ctrl-C.
+
+    Raises:
+        CheckpointError, SetupError, ServerDownError: it cannot, and why.
+    """
+    if taken(host, port):
+        raise SetupError(
+            f"port {port} is taken", where=f"{host}:{port}", fix="name another --port, or end what listens there"
+        )
+    server = Server(params, policy, log, host=host, port=port)
+    try:
+        server.start()
+        say(f"starting vLLM for {policy}; its log: {log}")
+        server.wait()
+        say(f'{policy} answers: base_urls: ["{server.url}"], model: {params.model or MODEL}')
+        return server.join()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.close()
+
+
+def flags_of(options: dict[str, str | int | float | bool]) -> list[str]:
+    """max-model-len: 4096 -> --max-model-len 4096; enforce-eager: true -> --enforce-eager, false -> --no-enforce-eager."""
+    flags = []
+    for name, value in options.items():
+        words = name.replace("_", "-")
+        flags += [f"--{'' if value else 'no-'}{words}"] if isinstance(value, bool) else [f"--{words}", str(value)]
+    return flags
+
+
+def which(name: str) -> str | None:
+    """A program by its path or on PATH; the same from any folder."""
+    found = shutil.which(name)
+    return None if found is None else str(Path(found).absolute())
+
+
+def answers(url: str) -> bool:
+    """Whether the server at a base URL is healthy."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(url.removesuffix("/").removesuffix("/v1") + "/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except (OSError, HTTPException):
+        return False
+
+
+def free_port() -> int:
+    """One that nobody listens at just now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def taken(host: str, port: int) -> bool:
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError:
+            return True
+        return False
