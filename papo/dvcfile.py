@@ -71,7 +71,7 @@ def render(params: Params) -> str:
             ["artifacts/report", "artifacts/report.manifest.json"],
         ),
     }
-    stages = {stage: _stage(stage, *files[stage]) for stage in STAGES}
+    stages = {stage: _stage(stage, *files[stage], also=_also(stage, params)) for stage in STAGES}
     rounds = [{"k": k, "policy": _policy(k - 1), "state": _state(k - 1)} for k in range(last + 1)]
     content = {
         "vars": [{"rounds": rounds}],
@@ -100,11 +100,19 @@ def _with_manifest(table: str) -> list[str]:
     return [table, f"{table.removesuffix('.parquet')}.manifest.json"]
 
 
-def _stage(stage: str, deps: list[str], outs: list[str]) -> dict[str, object]:
+def _also(stage: str, params: Params) -> tuple[str, ...]:
+    """Stages whose params and code decide the result of this one, beside its own."""
+    by_advantage = stage == "rollout" and params.rollout.max_prompts is not None
+    return ("score_orm", "score_prm", "advantage") if by_advantage else ()
+
+
+def _stage(stage: str, deps: list[str], outs: list[str], *, also: tuple[str, ...]) -> dict[str, object]:
     step = Step(stage, round=None).command
+    code = dict.fromkeys(path for one in (stage, *also) for path in CODE[one])
+    depends = dict.fromkeys(name for one in (stage, *also) for name in PARAMS[one])
     return {
         "cmd": f"{step} --round ${{item.k}}" if stage in ROUND_STAGES else step,
-        "deps": [*(f"papo/{path}" for path in CODE[stage]), *deps],
-        "params": PARAMS[stage],
+        "deps": [*(f"papo/{path}" for path in code), *deps],
+        "params": list(depends),
         "outs": outs,
     }

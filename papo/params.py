@@ -61,6 +61,7 @@ class RunParams(_Section):
 
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of sampling, training order and evaluation.")
     rounds: int = Field(16, ge=1, le=10_000, description="Rounds of rollout, scoring, advantage and training.")
+    overlap: bool = Field(True, description="Score the shards that are stored while others are sampled.")
 
 
 class Tier(_Section):
@@ -636,6 +637,7 @@ class AlarmsParams(_Section):
     accuracy_noise: Share = 0.05
     length_growth: float = Field(1.6, gt=1.0)
     judge_failure_share: Share = 0.1
+    logprob_difference: float = Field(0.02, gt=0.0)
     inversion_share: Share = 0.05
 
 

@@ -25,6 +25,7 @@ from papo.store.manifest import Context, Manifest, code_digest
 from papo.store.tables import read_columns, read_rows, write_rows
 
 if TYPE_CHECKING:
+    from papo.ahead import Ahead
     from papo.engines.serving import Servers
 
 T = TypeVar("T")
@@ -76,8 +77,13 @@ def lineage(params: Params) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def run_step(step: Step, params: Params, workspace: Workspace, context: Context) -> Manifest:
+def run_step(
+    step: Step, params: Params, workspace: Workspace, context: Context, ahead: Ahead | None = None
+) -> Manifest:
     """Runs one step, or finds that there is nothing to do.
+
+    Args:
+        ahead: of the step's round, as `make_ahead` makes it: what it has scored is not scored again.
 
     Raises:
         ParamsError: the step's round is missing, or not one of the run's.
@@ -97,9 +103,9 @@ def run_step(step: Step, params: Params, workspace: Workspace, context: Context)
     run: dict[str, Any] = {
         "prepare": _prepare,
         "warmstart": _warmstart,
-        "rollout": _rollout,
-        "score_orm": _score_orm,
-        "score_prm": _score_prm,
+        "rollout": partial(_rollout, ahead=ahead),
+        "score_orm": partial(_score_orm, ahead=ahead),
+        "score_prm": partial(_score_prm, ahead=ahead),
         "advantage": _advantage,
         "train": _train,
         "evaluate": _evaluate,
@@ -130,21 +136,50 @@ def _warmstart(params: Params, workspace: Workspace, context: Context, round_: N
     return warmstart.run(params.warmstart, inputs, workspace.warmstart, engine=engine, context=context)
 
 
-def _rollout(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+def make_ahead(params: Params, workspace: Workspace, context: Context, round_: int) -> Ahead:
+    """What scores the shards of a round while others are sampled."""
+    from papo.ahead import Ahead
+    from papo.engines.tokenizer import TokenizerAligner
+    from papo.engines.verifiers import make_verifier
+
+    variant = params.advantage.variant
+    judge = None if variant == "orm" else _judge(params, workspace, context, round_=round_, variant=variant)
+    aligner = TokenizerAligner(workspace.warmstart / "tokenizer.json") if variant == "capo" else None
+    return Ahead(workspace.train_problems, params.advantage, make_verifier(params.score_orm), judge, aligner)
+
+
+def _scoring(params: Params, workspace: Workspace, context: Context, round_: int) -> dict[str, Any]:
+    """What decides the advantage of a group."""
+    judge = _judge(params, workspace, context, round_=round_, variant=params.advantage.variant)
+    sections = {name: json.loads(to_json(getattr(params, name))) for name in ("score_orm", "advantage")}
+    code = {stage: code_digest(CODE[stage]) for stage in ("score_orm", "score_prm", "advantage")}
+    return {**sections, "score_prm": params.score_prm.deciding, "rubric": judge.digest, "code": code}
+
+
+def _rollout(params: Params, workspace: Workspace, context: Context, round_: int, *, ahead: Ahead | None) -> Manifest:
     from papo.engines.recompute import PolicyRecomputer
     from papo.engines.samplers import make_sampler
 
     p = params.rollout
     policy = workspace.policy(round_ - 1)
     inputs = rollout.Inputs(round=round_, seed=params.run.seed, problems=workspace.train_problems, policy=policy)
+    scorer = None
+    if p.max_prompts is not None:
+        scorer = ahead = ahead or make_ahead(params, workspace, context, round_)
+        inputs = dataclasses.replace(inputs, scoring=_scoring(params, workspace, context, round_))
     out = workspace.table(round_, "rollouts")
     with _servers(params, workspace, context) as servers:
         sampler = make_sampler(
             p, policy, temperature=p.temperature, top_p=p.top_p, max_new_tokens=p.max_new_tokens,
             urls=lambda: servers.serve(policy), warn=context.warn,
         )  # fmt: skip
-        engine = rollout.Engine(sampler, PolicyRecomputer(policy, temperature=p.temperature, device=_beside(params)))
-        return rollout.run(p, _there(inputs, workspace), out, engine=engine, context=context)
+        recomputer = PolicyRecomputer(policy, temperature=p.temperature, device=_beside(params))
+        return rollout.run(
+            p, _there(inputs, workspace), out,
+            engine=rollout.Engine(sampler, recomputer, scorer),
+            finished=ahead.add if ahead is not None else lambda rows: None,
+            context=context,
+        )  # fmt: skip
 
 
 def _servers(params: Params, workspace: Workspace, context: Context) -> Servers:
@@ -159,23 +194,26 @@ def _beside(params: Params) -> str | None:
     return None if params.rollout.engine == "transformers" else "cpu"
 
 
-def _score_orm(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+def _score_orm(params: Params, workspace: Workspace, context: Context, round_: int, *, ahead: Ahead | None) -> Manifest:
     from papo.engines.second_opinion import make_second_opinion
     from papo.engines.verifiers import make_verifier
 
     inputs = score_orm.Inputs(
         round=round_, rollouts=workspace.table(round_, "rollouts"), problems=workspace.train_problems
     )
-    engine, second_opinion = make_verifier(params.score_orm), make_second_opinion(params.score_orm.second_opinion)
+    engine = make_verifier(params.score_orm) if ahead is None else ahead.verifier()
+    second_opinion = make_second_opinion(params.score_orm.second_opinion)
     out = workspace.table(round_, "orm")
     return score_orm.run(
         params.score_orm, _there(inputs, workspace), out, engine=engine, second_opinion=second_opinion, context=context
     )
 
 
-def _score_prm(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
+def _score_prm(params: Params, workspace: Workspace, context: Context, round_: int, *, ahead: Ahead | None) -> Manifest:
     variant = params.advantage.variant
-    engine = _judge(params, workspace, context, round_=round_, variant=variant)
+    engine = ahead.judge() if ahead is not None else None
+    if engine is None:
+        engine = _judge(params, workspace, context, round_=round_, variant=variant)
     inputs = score_prm.Inputs(
         round=round_,
         variant=variant,

@@ -15,13 +15,14 @@ from typing import Any
 
 import psutil
 
+from papo.ahead import Ahead
 from papo.calibration import length_warnings
 from papo.core.alarms import ALARMS, Alarm, Limits, alarms, onsets
 from papo.core.costs import model_asked, totals
 from papo.engines.protocols import Tracker
 from papo.engines.versioning import Dvc, git_commit
 from papo.params import Params
-from papo.pipeline import Step, check_judge, final_round, lineage, run_step
+from papo.pipeline import Step, check_judge, final_round, lineage, make_ahead, run_step
 from papo.store.files import digest, read_json
 from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
@@ -89,6 +90,7 @@ class Session:
         self._lock = exclusive(workspace, wait_s=wait_s)
         self._held: list[tuple[Step, Manifest]] | None = []
         self._seconds: dict[str, float] = defaultdict(float)
+        self._ahead: Ahead | None = None  # of the round whose steps are being run
         self._history: list[dict[str, float]] = []
         self._judging: list[Manifest] = []
         self._alarms: list[Alarm] = []
@@ -114,6 +116,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close_ahead()
         try:
             if not self._finished and self._held is None:
                 self._tracker.finish("KILLED" if kind is KeyboardInterrupt else "FAILED", {})
@@ -122,7 +125,10 @@ class Session:
 
     def step(self, step: Step) -> Manifest:
         """Runs one step, or finds it done; its manifest goes on the record."""
-        manifest = run_step(step, self.params, self.workspace, self.context)
+        if step.stage == "rollout" and step.round is not None and self.params.run.overlap:
+            self._close_ahead()
+            self._ahead = make_ahead(self.params, self.workspace, self.context, step.round)
+        manifest = run_step(step, self.params, self.workspace, self.context, self._ahead)
         if manifest.skipped:
             self._skipped += 1
         else:
@@ -136,6 +142,11 @@ class Session:
             self._judging.append(manifest)
         self._record(step, manifest)
         return manifest
+
+    def _close_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def _watch(self, manifest: Manifest) -> None:
         """Looks at the signals of the rounds so far; an alarm is said when it begins to ring."""

@@ -38,6 +38,8 @@ class Limits:
     """Mean length over the lowest of the window."""
     judge_failure_share: float = 0.1
     """Share of the judge's calls without a verdict."""
+    logprob_difference: float = 0.02
+    """Mean difference of the sampler's log-probs and the trainer's."""
     inversion_share: float = 0.05
     """Share of correct responses that do not outrank every wrong one of their group."""
 
@@ -60,6 +62,7 @@ def alarms(history: History, limits: Limits = Limits()) -> list[Alarm]:
     collapse           accuracy, averaged over `patience` rounds, is accuracy_drop below its peak (and accuracy_noise in points)
     length_inflation   length_mean is length_growth times the lowest of the window, and accuracy has not risen by accuracy_noise
     judge_outage       judge_failure_share >= its limit
+    logprob_mismatch   logprob_difference_mean >= logprob_difference
     rank_inversions    inversions >= inversion_share of the correct responses
     """
     if not history:
@@ -143,6 +146,13 @@ def _judge_outage(history: History, limits: Limits) -> str | None:
     return f"{share:.0%} of the judge's calls gave no verdict: " + ", ".join(f"{k} {v:.0%}" for k, v in causes.items())
 
 
+def _logprob_mismatch(history: History, limits: Limits) -> str | None:
+    mean, largest = (history[-1].get(f"logprob_difference_{name}") for name in ("mean", "max"))
+    if mean is None or largest is None or mean < limits.logprob_difference:
+        return None
+    return f"the sampler's log-probs are {mean:.2g} from the trainer's on average, and up to {largest:.2g}"
+
+
 def _rank_inversions(history: History, limits: Limits) -> str | None:
     signals = history[-1]
     known = signals.get("responses", 0.0) * (1.0 - signals.get("outcome_missing_share", 0.0))
@@ -177,6 +187,7 @@ _RULES: dict[str, Callable[[History, Limits], str | None]] = {
     "collapse": _collapse,
     "signal_exhaustion": _signal_exhaustion,
     "judge_outage": _judge_outage,
+    "logprob_mismatch": _logprob_mismatch,
     "rank_inversions": _rank_inversions,
 }
 ALARMS = tuple(_RULES)

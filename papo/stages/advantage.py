@@ -57,23 +57,16 @@ def run(
     if done := task.done():
         return done
     rollouts = read_columns(
-        inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "completion", "completion_ids", "finish_reason"
-    )
+        inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "completion", "completion_ids", "finish_reason",
+        "logprob_difference_mean", "logprob_difference_max",
+    )  # fmt: skip
     orm = read_columns(inputs.orm, ORM, "problem_id", "sample_index", "orm_score")
     prm = read_columns(inputs.prm, PRM, "problem_id", "sample_index", "prm_score", "status", "wrong_steps")
     check_aligned(rollouts, orm, inputs.orm)
     check_aligned(rollouts, prm, inputs.prm)
     groups = [row["problem_id"] for row in rollouts]
     outcomes, process = _scores(orm, "orm_score"), _scores(prm, "prm_score")
-    tokens: Sequence[list[float] | None] = [None] * len(rollouts)
-    if params.variant == "capo":
-        by_token = by_tokens(params, rollouts, orm, prm, inputs.prm, engine)
-        advantages, tokens = Advantages(*by_token[:3]), [values.tolist() for values in by_token.tokens]
-    else:
-        advantages = compute_advantages(
-            outcomes, process, groups,
-            variant=params.variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=params.guard,
-        )  # fmt: skip
+    advantages, tokens = compute(params, rollouts, orm, prm, inputs.prm, engine)
     rows = [
         {
             "round": inputs.round,
@@ -102,7 +95,26 @@ def run(
         lam=params.lam,
         eps=params.eps,
     )
+    signals |= logprob_differences(rollouts)
     return task.finish(rows=len(rows), metrics=signals, versions=engine.versions() if engine else None)
+
+
+def compute(
+    params: AdvantageParams, rollouts: Rows, orm: Rows, prm: Rows, path: Path, engine: Aligner | None
+) -> tuple[Advantages, Sequence[list[float] | None]]:
+    """The advantages by response, in `capo` also by token, from the rows of three tables in one order; `path` is that of `prm`.
+
+    Raises:
+        DataError, ParamsError: as `run`.
+    """
+    if params.variant == "capo":
+        by_token = by_tokens(params, rollouts, orm, prm, path, engine)
+        return Advantages(*by_token[:3]), [values.tolist() for values in by_token.tokens]
+    advantages = compute_advantages(
+        _scores(orm, "orm_score"), _scores(prm, "prm_score"), [row["problem_id"] for row in rollouts],
+        variant=params.variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=params.guard,
+    )  # fmt: skip
+    return advantages, [None] * len(rollouts)
 
 
 def by_tokens(
@@ -126,6 +138,15 @@ def by_tokens(
         scale=params.scale,
         eps=params.eps,
     )
+
+
+def logprob_differences(rollouts: Rows) -> dict[str, float]:
+    """Mean and largest difference between the sampler's log-probs and the trainer's, of the responses where both are known."""
+    found = {}
+    for name, of in (("logprob_difference_mean", np.mean), ("logprob_difference_max", np.max)):
+        if values := [row[name] for row in rollouts if row[name] is not None]:
+            found[name] = float(of(values))
+    return found
 
 
 def _debits(rollouts: Rows, prm: Rows, path: Path, engine: Aligner | None) -> list[FloatArray | None]:

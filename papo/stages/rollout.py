@@ -84,8 +84,8 @@ def run(
         kept = _all(sampling, wanted) if engine.scorer is None else _with_advantage(sampling, wanted, engine.scorer)
     if len(kept) < wanted:
         context.warn(
-            f"rollout {inputs.round}: {len(kept)} of {len(sampling.groups)} prompts have an advantage, {wanted} were wanted; "
-            "rollout.max_prompts allows no more"
+            f"rollout {inputs.round}: {len(kept)} groups instead of {wanted}, as the others of {len(sampling.groups)} prompts have no "
+            "advantage and rollout.max_prompts allows no more"
         )
     table = pa.concat_tables([sampling.groups[place] for place in kept])
     write_table(out, ROLLOUTS, table)

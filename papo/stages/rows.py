@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from papo.errors import DataError, FailedRowsError
-from papo.schemas import FAILED_STATUSES, PROBLEMS
+from papo.schemas import FAILED_STATUSES, PROBLEMS, Grading
 from papo.store.tables import read_columns
 
 
@@ -55,3 +55,13 @@ def of_problems(problems: Path, column: str, wanted: set[str]) -> dict[str, Any]
             fix="run rollout again: the problem set has changed since",
         )
     return values
+
+
+def gradings_of(problems: Path, wanted: set[str]) -> dict[str, Grading]:
+    """problem_id -> how it is graded.
+
+    Raises:
+        DataError: as `of_problems`.
+    """
+    texts = of_problems(problems, "grading", wanted)
+    return {key: Grading.model_validate_json(text) for key, text in texts.items()}

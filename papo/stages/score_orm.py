@@ -6,14 +6,15 @@ Where a model is asked for a second opinion on wrong answers, what it says stand
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from papo.engines.protocols import Opinion, Question, SecondOpinion, Verdict, Verifier, VerifyItem
 from papo.params import ScoreOrmParams
-from papo.schemas import OK, ORM, ROLLOUTS, Grading
-from papo.stages.rows import check_failures, of_problems
+from papo.schemas import OK, ORM, ROLLOUTS
+from papo.stages.rows import check_failures, gradings_of, of_problems
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns, write_rows
 
@@ -61,12 +62,7 @@ def run(
     if second_opinion is not None:
         second_opinion.check()
     rollouts = read_columns(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "prompt", "completion")
-    ids = {row["problem_id"] for row in rollouts}
-    answers = of_problems(inputs.problems, "answer", ids)
-    gradings = {
-        key: Grading.model_validate_json(text) for key, text in of_problems(inputs.problems, "grading", ids).items()
-    }
-    items = [VerifyItem(answers[row["problem_id"]], row["completion"], gradings[row["problem_id"]]) for row in rollouts]
+    items = items_of(rollouts, inputs.problems)
     with context.progress(f"score_orm {inputs.round}", len(rollouts)) as progress:
         verdicts = engine.verify(items, progress)
     statuses = Counter(verdict.status for verdict in verdicts)
@@ -98,6 +94,13 @@ def run(
     ]
     write_rows(out, ORM, rows)
     return task.finish(rows=len(rows), counts=counts, metrics=metrics, versions=versions)
+
+
+def items_of(rollouts: Sequence[Mapping[str, Any]], problems: Path) -> list[VerifyItem]:
+    """What the verifier is asked about each response."""
+    ids = {row["problem_id"] for row in rollouts}
+    answers, gradings = of_problems(problems, "answer", ids), gradings_of(problems, ids)
+    return [VerifyItem(answers[row["problem_id"]], row["completion"], gradings[row["problem_id"]]) for row in rollouts]
 
 
 def _questions(

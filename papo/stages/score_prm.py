@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from papo.core.advantages import process_needed
 from papo.engines.protocols import Judge, JudgeItem, Judgement
 from papo.params import ScorePrmParams, Variant
-from papo.schemas import ORM, PRM, ROLLOUTS, Grading
-from papo.stages.rows import check_aligned, check_failures, of_problems
+from papo.schemas import ORM, PRM, ROLLOUTS
+from papo.stages.rows import check_aligned, check_failures, gradings_of, of_problems
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns, write_rows
 
@@ -59,18 +61,7 @@ def run(params: ScorePrmParams, inputs: Inputs, out: Path, *, engine: Judge, con
     rollouts = read_columns(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "prompt", "completion")
     orm = read_columns(inputs.orm, ORM, "problem_id", "sample_index", "orm_score")
     check_aligned(rollouts, orm, inputs.orm)
-    ids = {row["problem_id"] for row in rollouts}
-    references = of_problems(inputs.problems, "reference_solution", ids)
-    gradings = {
-        key: Grading.model_validate_json(text) for key, text in of_problems(inputs.problems, "grading", ids).items()
-    }
-    outcomes = [row["orm_score"] for row in orm]
-    asked = process_needed(inputs.variant, outcomes, [row["problem_id"] for row in orm]).tolist()
-    items = [
-        JudgeItem(row["prompt"], references[row["problem_id"]], row["completion"], gradings[row["problem_id"]])
-        for row, ask in zip(rollouts, asked, strict=True)
-        if ask
-    ]
+    asked, items = items_of(rollouts, [row["orm_score"] for row in orm], inputs.variant, inputs.problems)
     with context.progress(f"score_prm {inputs.round}", len(items)) as progress:
         answers = iter(engine.judge(items, progress))
     judgements = [next(answers) if ask else NOT_ASKED for ask in asked]
@@ -97,3 +88,18 @@ def run(params: ScorePrmParams, inputs: Inputs, out: Path, *, engine: Judge, con
     write_rows(out, PRM, rows)
     metrics = {"asked_share": len(items) / len(rollouts), **engine.metrics(len(rollouts) - len(items))}
     return task.finish(rows=len(rows), counts=statuses, metrics=metrics, versions=engine.versions())
+
+
+def items_of(
+    rollouts: Sequence[Mapping[str, Any]], outcomes: list[Any], variant: Variant, problems: Path
+) -> tuple[list[bool], list[JudgeItem]]:
+    """Which responses the judge is asked about, in whole groups, and what it is asked about those."""
+    ids = {row["problem_id"] for row in rollouts}
+    references, gradings = of_problems(problems, "reference_solution", ids), gradings_of(problems, ids)
+    asked: list[bool] = process_needed(variant, outcomes, [row["problem_id"] for row in rollouts]).tolist()
+    items = [
+        JudgeItem(row["prompt"], references[row["problem_id"]], row["completion"], gradings[row["problem_id"]])
+        for row, ask in zip(rollouts, asked, strict=True)
+        if ask
+    ]
+    return asked, items

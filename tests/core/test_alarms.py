@@ -133,6 +133,15 @@ def test_rank_inversions_count_among_correct_responses() -> None:
     )
 
 
+def test_logprob_mismatch_goes_by_the_mean() -> None:
+    history = course(logprob_difference_mean=[0.001, 0.021], logprob_difference_max=[0.9, 0.5])
+    assert alarms(history[:1]) == []
+    (alarm,) = alarms(history)
+    assert alarm == Alarm(
+        "logprob_mismatch", 1, "the sampler's log-probs are 0.021 from the trainer's on average, and up to 0.5"
+    )
+
+
 def test_each_round_is_judged_as_it_was_seen_then() -> None:
     history = course(judge_failure_share=[0.0, 0.2, 0.2, 0.0, 0.2])
     raised = fired(history)
@@ -144,7 +153,7 @@ def test_each_round_is_judged_as_it_was_seen_then() -> None:
 def test_the_params_are_the_limits() -> None:
     assert AlarmsParams().model_dump() == dataclasses.asdict(Limits())
     assert set(ALARMS) == {
-        "signal_exhaustion", "reward_hacking", "collapse", "length_inflation", "judge_outage", "rank_inversions",
+        "signal_exhaustion", "reward_hacking", "collapse", "length_inflation", "judge_outage", "logprob_mismatch", "rank_inversions",
     }  # fmt: skip
 
 
