@@ -7,10 +7,8 @@ asks again and says what is wrong.
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +41,8 @@ class Ahead:
         self._verifier, self._judge, self._aligner = verifier, judge, aligner
         self._verdicts: dict[VerifyItem, Verdict] = {}
         self._judgements: dict[JudgeItem, Judgement] = {}
-        self._verifying, self._judging = _Line("papo-verifying-ahead"), _Line("papo-judging-ahead")
+        self._verifying = _Line("papo-verifying-ahead", self._verify)
+        self._judging = _Line("papo-judging-ahead", self._ask, self._verifying)
 
     def __enter__(self) -> Ahead:
         return self
@@ -58,10 +57,7 @@ class Ahead:
 
     def add(self, rows: Rows) -> None:
         """Whole groups of the round's rollouts; returns at once."""
-        outcomes = self._verifying.submit(lambda: self._verify(rows))
-        if self._judge is not None:
-            judge = self._judge
-            self._judging.submit(lambda: self._ask(judge, rows, outcomes.result()))
+        self._verifying.submit(rows)
 
     def verifier(self) -> Verifier:
         """The verifier, which knows the outcomes that were found here, once all are there."""
@@ -77,7 +73,6 @@ class Ahead:
         Raises:
             PapoError: of the verifier or the judge.
         """
-        self._verifying.join(raising=True)
         self._judging.join(raising=True)
         items = score_orm.items_of(rows, self._problems)
         outcomes: Outcomes = [self._verdicts[item].score for item in items]
@@ -96,60 +91,73 @@ class Ahead:
 
     # ---- in the threads ----
 
-    def _verify(self, rows: Rows) -> Outcomes:
+    def _verify(self, rows: Rows) -> None:
         items = score_orm.items_of(rows, self._problems)
         self._verdicts |= zip(items, self._verifier.verify(items, lambda done: None), strict=True)
-        return [self._verdicts[item].score for item in items]
+        self._judging.submit(rows)
 
-    def _ask(self, judge: Judge, rows: Rows, outcomes: Outcomes) -> None:
+    def _ask(self, rows: Rows) -> None:
+        if self._judge is None:
+            return
+        outcomes = [self._verdicts[item].score for item in score_orm.items_of(rows, self._problems)]
         _, items = score_prm.items_of(rows, outcomes, self._params.variant, self._problems)
-        self._judgements |= zip(items, judge.judge(items, lambda done: None), strict=True)
+        self._judgements |= zip(items, self._judge.judge(items, lambda done: None), strict=True)
 
 
 class _Line:
-    """Does what is submitted one after the other in a thread, which starts with the first; after an error the rest is dropped."""
+    """Works in a thread on what is submitted, all that has come at a time: many small pieces would cost more. After an error it stops.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._todo: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._futures: list[Future[Any]] = []
+    Args:
+        before: the line that submits to this one.
+    """
+
+    def __init__(self, name: str, work: Callable[[Rows], None], before: _Line | None = None) -> None:
+        self._name, self._work, self._before = name, work, before
+        self._rows: list[Mapping[str, Any]] = []
+        self._changed = threading.Condition()
+        self._busy = self._closed = False
+        self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
-    def submit(self, work: Callable[[], Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._futures.append(future)
-        if self._thread is None:
-            # A daemon: an interrupted run need not wait for a judge to answer.
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
-        self._todo.put((work, future))
-        return future
+    def submit(self, rows: Rows) -> None:
+        with self._changed:
+            self._rows += rows
+            if self._thread is None:
+                # A daemon: an interrupted run need not wait for a judge to answer.
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
 
     def join(self, *, raising: bool = False) -> None:
         """Until all that was submitted is done or dropped; with `raising`, what failed is raised."""
-        for future in self._futures:
-            if not future.cancelled() and (error := future.exception()) is not None and raising:
-                raise error
+        if self._before is not None:
+            self._before.join(raising=raising)
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or self._closed or not (self._rows or self._busy))
+        if raising and self._error is not None:
+            raise self._error
 
     def close(self) -> None:
-        for future in self._futures:
-            future.cancel()
-        self._todo.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def _run(self) -> None:
-        failed: Exception | None = None
-        while (one := self._todo.get()) is not None:
-            work, future = one
-            if not future.set_running_or_notify_cancel():
-                continue
-            if failed is not None:
-                future.set_exception(failed)
-                continue
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._rows or self._closed)
+                if self._closed:
+                    return
+                rows, self._rows, self._busy = self._rows, [], True
             try:
-                future.set_result(work())
-            except Exception as error:  # whatever it is: it is told to whoever needs the result
-                failed = error
-                future.set_exception(error)
+                self._work(rows)
+            except Exception as error:  # whatever it is: whoever needs the result is told, or finds out by asking again
+                with self._changed:
+                    self._error, self._busy = error, False
+                    self._changed.notify_all()
+                return
 
 
 class _KnowingVerifier:
