@@ -407,6 +407,11 @@ class RolloutParams(_Section):
         return {"vllm": self.vllm.dtype, "vllm-server": self.server.dtype}.get(self.engine, "float32")
 
     @property
+    def sampler(self) -> str:
+        """Engine and type: what names a way of sampling, where servers and processes do not matter."""
+        return self.engine if self.engine == "transformers" else f"{self.engine} {self.dtype}"
+
+    @property
     def deciding(self) -> dict[str, Any]:
         """Those that decide what is sampled; the others say where, and how fast."""
         unused = {"server", "vllm"} | ({"batch_rows"} if self.engine != "transformers" else set())

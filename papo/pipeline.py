@@ -173,10 +173,11 @@ def _rollout(params: Params, workspace: Workspace, context: Context, round_: int
             p, policy, temperature=p.temperature, top_p=p.top_p, max_new_tokens=p.max_new_tokens,
             urls=lambda: servers.serve(policy), warn=context.warn,
         )  # fmt: skip
-        recomputer = PolicyRecomputer(policy, temperature=p.temperature, device=_beside(params))
         return rollout.run(
             p, _there(inputs, workspace), out,
-            engine=rollout.Engine(sampler, recomputer, scorer),
+            engine=rollout.Engine(
+                sampler, PolicyRecomputer(policy, temperature=p.temperature), scorer, release=servers.close
+            ),
             finished=ahead.add if ahead is not None else lambda rows: None,
             context=context,
         )  # fmt: skip
@@ -187,11 +188,6 @@ def _servers(params: Params, workspace: Workspace, context: Context) -> Servers:
     from papo.engines.serving import Servers
 
     return Servers(params.rollout.server, workspace.work / "servers", say=context.say)
-
-
-def _beside(params: Params) -> str | None:
-    """Where a model computes while the engine samples: on the CPU if the engine may have all memory of the GPU."""
-    return None if params.rollout.engine == "transformers" else "cpu"
 
 
 def _score_orm(params: Params, workspace: Workspace, context: Context, round_: int, *, ahead: Ahead | None) -> Manifest:
@@ -326,7 +322,7 @@ def evaluate_policies(
     tables = {name: workspace.benchmark_beside(name) if name in beside else workspace.benchmark(name) for name in asked}
     inputs = evaluate.Inputs(
         seed=params.run.seed,
-        sampler=params.rollout.engine,
+        sampler=params.rollout.sampler,
         policies=named,
         benchmarks=tables,
         metrics={name: params.metric(name) for name in asked},
@@ -383,7 +379,7 @@ def measure_pass_rates(
     named = {policy: _named_policy(policy, params, workspace)}
     inputs = evaluate.Inputs(
         seed=params.run.seed,
-        sampler=params.rollout.engine,
+        sampler=params.rollout.sampler,
         policies=named,
         benchmarks={"train": workspace.train_problems},
     )
@@ -445,7 +441,7 @@ def _evaluate(params: Params, workspace: Workspace, context: Context, round_: No
         policies[evaluate.FINAL] = policies.pop(f"round-{final_round(params, workspace)}")
     inputs = evaluate.Inputs(
         seed=params.run.seed,
-        sampler=params.rollout.engine,
+        sampler=params.rollout.sampler,
         policies=policies,
         benchmarks={name: workspace.benchmark(name) for name in p.benchmarks},
         metrics={name: params.metric(name) for name in p.benchmarks},

@@ -71,8 +71,8 @@ class Sampler(Protocol):
 class Recomputer(Protocol):
     """Computes the log-probs of completions by the model that training goes on from."""
 
-    def logprobs(self, samples: Sequence[Sample]) -> list[list[float]]:
-        """For each sample the log-prob of each token of its completion, at the sampling temperature."""
+    def logprobs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
+        """For each pair of a prompt and a completion, in token ids, the log-prob of each token of the completion as it is sampled."""
         ...
 
 

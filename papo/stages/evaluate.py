@@ -48,7 +48,7 @@ CODE = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """`policies` by name, from the baseline to the one whose gain over it is told; `sampler` is `rollout.engine`.
+    """`policies` by name, from the baseline to the one whose gain over it is told; `sampler` is `rollout.sampler`.
 
     `metrics`: what the gain on a benchmark is a difference of, where that is not avg@k.
     """

@@ -40,11 +40,15 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Engine:
-    """Who samples, who computes log-probs anew, and who says what advantage a group has, where that decides whether it is kept."""
+    """Who samples, who computes log-probs anew, and who says what advantage a group has, where that decides whether it is kept.
+
+    `release` is called between sampling and computing anew: whoever sampled gives the memory back.
+    """
 
     sampler: Sampler
     recomputer: Recomputer
     scorer: Scorer | None = None
+    release: Callable[[], None] = lambda: None
 
 
 def run(
@@ -87,7 +91,9 @@ def run(
             f"rollout {inputs.round}: {len(kept)} groups instead of {wanted}, as the others of {len(sampling.groups)} prompts have no "
             "advantage and rollout.max_prompts allows no more"
         )
+    engine.release()
     table = pa.concat_tables([sampling.groups[place] for place in kept])
+    table = _compared(table, params.checked_rows, engine.recomputer, inputs.policy)
     write_table(out, ROLLOUTS, table)
     tried = sampling.tried(set(kept)) + [_too_long(inputs.round, problem, why) for problem, why in unfit]
     write_rows(task.outputs[1], TRIED, tried)
@@ -147,8 +153,6 @@ class _Sampling:
         self._drawn, self._finished, self._progress = drawn, finished, progress
         self._policy = digest(inputs.policy)
         self._size = params.prompts_per_shard
-        first = [request.seed for place in range(params.prompts_per_round) for request in self._requests(place)]
-        self._checked = set(sorted(first)[: params.checked_rows])
         self.groups: dict[int, pa.Table] = {}
         self.scores: dict[int, list[tuple[float | None, float]]] = {}
 
@@ -227,7 +231,6 @@ class _Sampling:
     ) -> list[dict[str, Any]]:
         keys = [(self._drawn[place], index) for place in places for index in range(self._params.group_size)]
         version = ", ".join(f"{name} {number}" for name, number in sorted(self._engine.sampler.versions().items()))
-        differences = self._differences(requests, samples)
         return [
             {
                 "round": self._inputs.round,
@@ -246,35 +249,9 @@ class _Sampling:
                 "seed": request.seed,
                 "engine": self._engine.sampler.name,
                 "engine_version": version,
-                **differences.get(request.seed, {}),
             }
             for (problem, index), request, sample in zip(keys, requests, samples, strict=True)
         ]
-
-    def _differences(self, requests: Sequence[SampleRequest], samples: Sequence[Sample]) -> dict[int, dict[str, float]]:
-        """By seed, for the rows that are checked: how far the log-probs are from those of the trainer's model."""
-        chosen = [
-            (request.seed, sample)
-            for request, sample in zip(requests, samples, strict=True)
-            if request.seed in self._checked
-        ]
-        if not chosen:
-            return {}
-        anew = self._engine.recomputer.logprobs([sample for _, sample in chosen])
-        found = {}
-        for (seed, sample), values in zip(chosen, anew, strict=True):
-            apart = np.abs(np.subtract(values, sample.logprobs))
-            if not np.isfinite(apart).all():
-                raise CheckpointError(
-                    "the policy gives log-probs that are no finite numbers",
-                    where=str(self._inputs.policy),
-                    fix="go on from an earlier policy, with a lower train.learning_rate",
-                )
-            found[seed] = {
-                "logprob_difference_mean": float(apart.mean()),
-                "logprob_difference_max": float(apart.max()),
-            }
-        return found
 
 
 def _all(sampling: _Sampling, wanted: int) -> list[int]:
@@ -291,6 +268,35 @@ def _with_advantage(sampling: _Sampling, wanted: int, scorer: Scorer) -> list[in
         sampling.score(places, scorer)
         kept += [place for place in places if sampling.has_advantage(place)]
     return kept[:wanted] or sorted(sampling.groups)[:1]
+
+
+def _compared(table: pa.Table, rows: int, recomputer: Recomputer, policy: Path) -> pa.Table:
+    """The table, with the differences between its log-probs and those of the trainer's model, for the `rows` rows of lowest seed.
+
+    Raises:
+        CheckpointError: the model gives what is no finite number.
+    """
+    chosen = np.sort(np.argsort(table["seed"].to_numpy())[:rows])
+    given = table.take(chosen).to_pylist()
+    columns: dict[str, list[float | None]] = {
+        f"logprob_difference_{name}": [None] * len(table) for name in ("mean", "max")
+    }
+    anew = recomputer.logprobs([(row["prompt_ids"], row["completion_ids"]) for row in given]) if given else []
+    for place, row, values in zip(chosen, given, anew, strict=True):
+        apart = np.abs(np.subtract(values, row["logprobs"]))
+        if not np.isfinite(apart).all():
+            raise CheckpointError(
+                "the policy gives log-probs that are no finite numbers",
+                where=str(policy),
+                fix="go on from an earlier policy, with a lower train.learning_rate",
+            )
+        columns["logprob_difference_mean"][place] = float(apart.mean())
+        columns["logprob_difference_max"][place] = float(apart.max())
+    for name, found in columns.items():
+        table = table.set_column(
+            table.column_names.index(name), ROLLOUTS.schema.field(name), pa.array(found, pa.float32())
+        )
+    return table
 
 
 def _metrics(table: pa.Table, tried: Rows) -> dict[str, float]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from papo.engines.protocols import Sample
 from papo.errors import CheckpointError, DataError, MissingInputError
 from papo.params import RolloutParams
 from papo.schemas import PROBLEMS, ROLLOUTS, TRIED, problem_id, row_seed
@@ -29,9 +28,9 @@ class Echo:
     def __init__(self, value: float = -0.5) -> None:
         self.value, self.rows = value, 0
 
-    def logprobs(self, samples: Sequence[Sample]) -> list[list[float]]:
-        self.rows += len(samples)
-        return [[self.value] * len(sample.completion_ids) for sample in samples]
+    def logprobs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
+        self.rows += len(pairs)
+        return [[self.value] * len(completion) for _, completion in pairs]
 
 
 @pytest.fixture
@@ -265,7 +264,10 @@ def test_shards_are_told_of_as_they_are_stored_and_again_after_a_restart(
     assert [len(rows) for rows in told] == [3, 3]
     told.clear()
     run_telling(inputs, out, fake_sampler(), context, told)
-    assert [row for rows in told for row in rows] == read_rows(out, ROLLOUTS)
+    keys = ("problem_id", "sample_index", "completion_ids")
+    assert [[row[key] for key in keys] for rows in told for row in rows] == [
+        [row[key] for key in keys] for row in read_rows(out, ROLLOUTS)
+    ]
 
 
 def run_telling(inputs: rollout.Inputs, out: Path, engine: Any, context: Context, told: list[list[Any]]) -> None:
