@@ -97,3 +97,12 @@ def test_evaluation_depends_on_the_policies_it_evaluates() -> None:
 
 def test_the_plots_name_columns_that_the_report_always_writes() -> None:
     assert {column for columns in PLOTS.values() for column in columns} <= set(PLOTTED)
+
+
+def test_rollouts_that_are_kept_by_their_advantage_depend_on_what_decides_it() -> None:
+    rollout = DEFAULT.rollout.model_copy(update={"max_prompts": 96})
+    found = stages(DEFAULT.model_copy(update={"rollout": rollout}))["rollout"]
+    others = ("score_orm", "score_prm", "advantage")
+    assert {f"papo/{path}" for stage in others for path in CODE[stage]} < set(found["deps"])
+    assert {*PARAMS["rollout"], *others, "advantage.variant"} == set(found["params"])
+    assert set(stages()["rollout"]["params"]) == set(PARAMS["rollout"])
