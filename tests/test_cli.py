@@ -376,7 +376,7 @@ def test_a_policy_is_served_beside_a_run_until_ctrl_c(
         process = start_papo("serve-policy", "--port", str(port), *SERVER, cwd=served_checkout)
         url = f"http://127.0.0.1:{port}/v1"
         said = says_it_answers(process)
-        assert f'artifacts/warmstart answers: base_urls: ["{url}"], model: policy\n' in said
+        assert f'artifacts/warmstart answers: base_urls: ["{url}"], model: policy' in said
         assert answers(url)
         below = psutil.Process(process.pid).children(recursive=True)
         assert len(below) == 2  # the watchdog and the server

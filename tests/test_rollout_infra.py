@@ -16,7 +16,7 @@ import pytest
 import yaml
 from compose import COMPOSE, UnsetError, compose
 
-from papo.engines.serving import GENTLY_S, MODEL, Server
+from papo.engines.serving import GENTLY_S, Server
 from papo.params import Params, ServerParams, load_params
 
 ROOT = Path(__file__).parents[1]
@@ -47,18 +47,30 @@ def test_nothing_starts_without_a_key() -> None:
 
 
 def test_the_policy_is_served_as_papo_serves_it(tmp_path: Path) -> None:
-    told = compose(**KEY, POLICY_DTYPE="float16", POLICY_GPU_SHARE="0.3", POLICY_MAX_MODEL_LEN="512")
+    noted, program = tmp_path / "noted", tmp_path / "vllm.py"
+    program.write_text(
+        "import json, os, pathlib, sys\n"
+        f"pathlib.Path({str(noted)!r}).write_text(json.dumps([sys.argv[1:], dict(os.environ)]))"
+    )
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
     options: dict[str, Any] = {"gpu-memory-utilization": 0.3, "max-model-len": 512}
-    params = ServerParams(command=f"{sys.executable} serve", dtype="float16", options=options)
-    command = Server(params, tmp_path, tmp_path / "log", host="0.0.0.0", port=8000).command()
-    policy = told["services"]["policy"]
+    params = ServerParams(command=f"{sys.executable} {program}", model="policy", dtype="float16", options=options)
+    server = Server(params, weights, tmp_path / "log", host="0.0.0.0", port=8000)
+    server.start()
+    server.join()
+    server.close()
+    flags, environment = json.loads(noted.read_text())
+
+    policy = compose(**KEY, POLICY_DTYPE="float16", POLICY_GPU_SHARE="0.3", POLICY_MAX_MODEL_LEN="512")["services"][
+        "policy"
+    ]
     assert policy["entrypoint"] == ["vllm", "serve"]
-    assert policy["command"] == ["/policy", *command[3:]]
-    assert MODEL in policy["command"]
-    environment = Server(params, tmp_path, tmp_path / "log")._environment()
-    assert {name: value for name, value in policy["environment"].items() if name != "VLLM_API_KEY"} == {
-        name: environment[name] for name in ("HF_HUB_OFFLINE", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS")
-    }
+    assert policy["command"] == ["/policy", *flags[1:]]
+    assert flags[0] == str(weights)
+    told = {name: value for name, value in policy["environment"].items() if name != "VLLM_API_KEY"}
+    assert told == {name: environment[name] for name in ("HF_HUB_OFFLINE", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS")}
     assert policy["stop_grace_period"] == f"{GENTLY_S:g}s"
 
 
@@ -148,24 +160,30 @@ def test_the_preset_of_servers_starts_two_each_on_a_gpu_of_its_own() -> None:
     assert (rollout.server.base_urls, rollout.server.reload) == ([], None)
 
 
-def test_the_context_of_the_paper_holds_prompt_and_response() -> None:
+def test_the_paper_samples_and_trains_in_one_type_and_leaves_two_gpus_to_the_judge() -> None:
     params = preset("paper-qwen2.5-7b")
     assert params.rollout.engine == "vllm"
     assert params.rollout.dtype == params.train.dtype == "bfloat16"
-    assert params.rollout.vllm.options["max_model_len"] == (
-        params.rollout.max_prompt_tokens + max(params.rollout.max_new_tokens, params.evaluate.max_new_tokens)
-    )
+    assert set(params.rollout.vllm.devices) == set("012345")
 
 
-def test_the_readme_tells_settings_that_params_take() -> None:
-    text = (ROOT / "infra/rollout/README.md").read_text()
-    blocks = [yaml.safe_load(block) for block in re.findall(r"\n\n((?:    rollout:\n)(?:    .*\n)+)", text)]
-    assert len(blocks) == 2
-    for block in blocks:
-        rollout = Params(rollout=block["rollout"]).rollout
-        assert rollout.engine == "vllm-server"
-    (server,) = (block["rollout"]["server"] for block in blocks if "compose.yaml" in str(block))
+def settings(page: str) -> list[dict[str, Any]]:
+    """The blocks of YAML in a page."""
+    text = (ROOT / page).read_text()
+    return [yaml.safe_load(block) for block in re.findall(r"\n\n((?:    rollout:.*\n)(?:    .*\n)*)", text)]
+
+
+def test_the_pages_tell_settings_that_params_take() -> None:
+    pages = {page: settings(page) for page in ("infra/rollout/README.md", "docs/rollouts.md")}
+    assert {page: len(blocks) for page, blocks in pages.items()} == {
+        "infra/rollout/README.md": 2,
+        "docs/rollouts.md": 2,
+    }
+    for block in (block for blocks in pages.values() for block in blocks):
+        assert Params(**block).rollout != Params().rollout
+    (server,) = (block["rollout"]["server"] for block in pages["infra/rollout/README.md"] if "compose" in str(block))
     assert "{policy}" in server["reload"]
+    assert COMPOSE.relative_to(ROOT).as_posix() in server["reload"]
     port = compose(**KEY)["services"]["policy"]["ports"][0].split(":")[1]
     assert server["base_urls"] == [f"http://localhost:{port}/v1"]
     assert server["dtype"] == "bfloat16"

@@ -138,14 +138,14 @@ class Server:
         while not answers(self.url):
             if self._process.poll() is not None:
                 raise SetupError(
-                    f"the server ended with {self._process.returncode} as it started:\n{self.tail()}",
+                    f"the server ended with {self._process.returncode} as it started:\n{self._tail()}",
                     where=str(self.log),
                     fix="correct what it says there",
                 )
             if time.monotonic() > until:
                 self.close()
                 raise ServerDownError(
-                    f"the server does not answer within {self._params.start_s:g} s:\n{self.tail()}",
+                    f"the server does not answer within {self._params.start_s:g} s:\n{self._tail()}",
                     where=str(self.log),
                     fix="raise start_s, or correct what it says there",
                 )
@@ -173,12 +173,11 @@ class Server:
         # PYTHONPATH would have it import from folders of this project.
         given = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         given |= {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-        if key := key_of(self._params):
+        if key := os.environ.get(self._params.api_key_env, "").strip():
             given["VLLM_API_KEY"] = key
         return given | ({} if self._device is None else {"CUDA_VISIBLE_DEVICES": self._device})
 
-    def tail(self) -> str:
-        """The last lines of its log."""
+    def _tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-_TAIL:])
 
 
@@ -307,8 +306,10 @@ def serve_policy(
         say(f"starting vLLM for {policy}; its log: {log}")
         server.wait()
         say(f'{policy} answers: base_urls: ["{server.url}"], model: {params.model or MODEL}')
+        status = server.join()
+        said = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
         raise ServerDownError(
-            f"the server ended by itself, with {server.join()}:\n{server.tail()}",
+            f"the server ended by itself, with {status}:\n{said}",
             where=str(log),
             fix="see there why, and start it again",
         )

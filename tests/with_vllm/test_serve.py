@@ -81,7 +81,7 @@ def test_vllm_takes_the_flags_of_the_containers_and_of_the_presets(with_vllm: Pa
     assert (policy["max_model_len"], policy["gpu_memory_utilization"]) == (-1, 0.45)  # -1: what memory has room for
     assert (judge["model_tag"], judge["served_model_name"]) == ("/judge", ["gpt-oss-20b"])
     assert (judge["max_model_len"], judge["enable_prefix_caching"]) == (16384, True)
-    assert (preset["max_model_len"], preset["gpu_memory_utilization"]) == (1024, 0.85)
+    assert (preset["max_model_len"], preset["gpu_memory_utilization"]) == (-1, 0.85)
     for one in (policy, preset):
         assert (one["logprobs_mode"], one["generation_config"], one["dtype"]) == (
             "processed_logprobs",
