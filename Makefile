@@ -52,7 +52,8 @@ test: lint
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not vllm"
 
-# A real vLLM server on the CPU with SmolLM2-135M-Instruct (3.5 GB of disk, 3 GB of memory, some four minutes to install, seven to run).
+# Real vLLM servers on the CPU, of SmolLM2-135M-Instruct and of the embedded policy (3.5 GB of disk, 3 GB of memory, some four minutes to
+# install; each server takes 25 s to start, and minutes beside other work).
 # PAPO_VLLM_PYTHON=path/to/python takes the environment with vLLM that you have.
 VLLM_READY := $(if $(PAPO_VLLM_PYTHON),,.venv-vllm/.installed)
 

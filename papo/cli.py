@@ -116,6 +116,15 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", type=Path, metavar="FOLDER", help="default: artifacts/calibration/<judge>-<data>")
     calibrate.add_argument("--max", type=int, metavar="N", help="judge so many of them, drawn by run.seed")
     _common(calibrate)
+    serve = "one policy by vLLM, as rollout.server says, until Ctrl-C; for rollouts whose base_urls name it"
+    server = commands.add_parser("serve-policy", help=serve, description=serve, allow_abbrev=False)
+    server.add_argument(
+        "policy", nargs="?", default="warmstart", metavar="POLICY",
+        help="warmstart (default), final, round-<k> or a folder",
+    )  # fmt: skip
+    server.add_argument("--host", default="127.0.0.1", help="another than loopback takes a key (default: 127.0.0.1)")
+    server.add_argument("--port", type=_port, default=8000, help="default: 8000")
+    _common(server)
     alarms = "what the signals of the rounds so far say is going wrong, and since when"
     _common(commands.add_parser("alarms", help=alarms, description=alarms, allow_abbrev=False))
     why = "the responses to one problem, their scores and advantages, and why each is pushed up or down"
@@ -133,6 +142,13 @@ def _parser() -> argparse.ArgumentParser:
     dvc = commands.add_parser("dvc", help="write dvc.yaml anew from params.yaml", allow_abbrev=False)
     dvc.add_argument("--check", action="store_true", help="only say whether dvc.yaml is up to date")
     return parser
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is none from 1 to 65535")
+    return number
 
 
 def _common(parser: argparse.ArgumentParser) -> None:

@@ -26,12 +26,13 @@ from papo.console import (
 )
 from papo.dvcfile import DVC_FILE, render
 from papo.engines.judges import store_of
+from papo.engines.serving import serve_policy
 from papo.engines.tracking import make_tracker
 from papo.engines.versioning import Dvc
 from papo.errors import UserError
 from papo.inspection import check_variant, explain_problem, rederive, signals_and_alarms
 from papo.params import GENERATED, Params, defined_benchmarks, load_params
-from papo.pipeline import Step, evaluate_policies, measure_pass_rates, run_step, steps
+from papo.pipeline import Step, evaluate_policies, measure_pass_rates, policy_to_serve, run_step, steps
 from papo.session import Session, Summary, share_start
 from papo.store.files import read_json
 from papo.store.layout import Workspace
@@ -61,6 +62,9 @@ def dispatch(options: argparse.Namespace) -> int:
     if options.command == "advantage" and options.compare:
         variant = options.variant or "all"
         show_rederivation(rederive(params.advantage, workspace, variant=variant, round_=options.round))
+        return 0
+    if options.command == "serve-policy":
+        serve_named_policy(params, workspace, options)
         return 0
     if options.command == "pass-rates":
         pass_rates(params, workspace, options)
@@ -197,6 +201,13 @@ def pass_rates(params: Params, workspace: Workspace, options: argparse.Namespace
             params, workspace, context, policy=options.policy, out=options.out, samples=options.k
         )
     log.info("%s: %s", options.out, ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+def serve_named_policy(params: Params, workspace: Workspace, options: argparse.Namespace) -> None:
+    """Serves a policy until Ctrl-C; beside a run in the same workspace, too, which it reads one folder of."""
+    policy = policy_to_serve(options.policy, params, workspace)
+    out = workspace.work / "servers" / f"port-{options.port}.log"
+    serve_policy(params.rollout.server, policy, out, host=options.host, port=options.port, say=log.info)
 
 
 def judge_cache(store: Path, action: str, out: Path | None) -> int:

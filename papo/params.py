@@ -338,6 +338,11 @@ class ServerParams(_Section):
             raise ValueError("reload is for servers that are already there: set base_urls, too")
         if self.devices and len(self.devices) != self.servers:
             raise ValueError(f"devices has {len(self.devices)} entries for {self.servers} servers")
+        if taken := {name.replace("_", "-") for name in self.options} & {"host", "port", "api-key"}:
+            raise ValueError(
+                f"options: {', '.join(sorted(taken))}: papo's own servers are for this machine alone; "
+                "`papo serve-policy` takes --host and --port, and the key is in the environment variable api_key_env"
+            )
         return self
 
 

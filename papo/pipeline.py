@@ -401,7 +401,17 @@ def measure_pass_rates(
     return {"problems": len(rows), "measured": len(found), "never": found.count(0.0), "always": found.count(1.0)}
 
 
-def _named_policy(name: str, params: Params, workspace: Workspace) -> Path:
+def policy_to_serve(name: str, params: Params, workspace: Workspace) -> Path:
+    """The folder of the policy `warmstart`, `final`, `round-<k>`, or a folder.
+
+    Raises:
+        ParamsError: not the name of a policy.
+        MissingInputError: it has not been made.
+    """
+    return _made(_named_policy(name, params, workspace, where="papo serve-policy"), workspace)
+
+
+def _named_policy(name: str, params: Params, workspace: Workspace, *, where: str = "--policy, --against") -> Path:
     if name == "warmstart":
         return workspace.warmstart
     if name == "final":
@@ -410,9 +420,7 @@ def _named_policy(name: str, params: Params, workspace: Workspace) -> Path:
         return workspace.policy(int(found[1]))
     if Path(name).is_dir():
         return Path(name)
-    raise ParamsError(
-        f"there is no policy {name!r}", where="--policy, --against", fix="name warmstart, final, round-<k> or a folder"
-    )
+    raise ParamsError(f"there is no policy {name!r}", where=where, fix="name warmstart, final, round-<k> or a folder")
 
 
 def final_round(params: Params, workspace: Workspace) -> int:
@@ -497,6 +505,16 @@ def _there(inputs: T, workspace: Workspace) -> T:
                 "if `dvc repro` ran this, write its list of rounds and benchmarks anew with `papo dvc`",
             )
     return inputs
+
+
+def _made(policy: Path, workspace: Workspace) -> Path:
+    if not policy.exists():
+        raise MissingInputError(
+            "this policy has not been made",
+            where=str(policy),
+            fix=f"run `{_maker(policy, workspace)}` first, or the whole pipeline with `papo run`",
+        )
+    return policy
 
 
 def _paths(inputs: Any) -> Iterator[Path]:

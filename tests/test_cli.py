@@ -5,19 +5,24 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from chat_server import chat_server
 from checkout import HEAVY
+from servers.completions import __file__ as stand_in
+from servers.completions import save_policy
 
 from papo.cli import STAGE_HELP, main
 from papo.core.advantages import VARIANTS
+from papo.engines.serving import answers, free_port
 from papo.pipeline import ROUND_STAGES, STAGES
 from papo.schemas import ORM, ROLLOUTS, VERDICTS
 from papo.store.files import digest
@@ -68,6 +73,16 @@ BAD = {
     "no verdicts to export": (["judge-cache", "export", "out.jsonl"], "there are no verdicts yet"),
     "export to nowhere": (["judge-cache", "export"], "export needs the file to write"),
     "a file for nothing": (["judge-cache", "stats", "out.jsonl"], "stats takes no file"),
+    "no such policy to serve": (["serve-policy", "round-x"], "there is no policy 'round-x'"),
+    "a file to serve": (["serve-policy", "params.yaml"], "name warmstart, final, round-<k> or a folder"),
+    "a policy to serve that has not been made": (["serve-policy", "round-0"], "run `papo train --round 0` first"),
+    "no warm start to serve": (["serve-policy"], "run `papo warmstart` first"),
+    "a folder to serve that is no policy": (["serve-policy", "."], "config.json is missing"),
+    "a server for everybody": (["serve-policy", ".", "--host", "0.0.0.0"], "others could reach the server"),
+    "a server for everybody by its options": (
+        ["serve-policy", "--set", "rollout.server.options.host=0.0.0.0"],
+        "papo's own servers are for this machine alone",
+    ),
     "no store of verdicts": (["judge-cache", "stats", "--store", "params.yaml"], "ends in .sqlite"),
 }
 
@@ -88,7 +103,17 @@ def test_wrong_input_ends_with_2_and_says_what_where_and_what_to_do(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["rolout"], ["rollout", "--round", "first"], ["run", "--no-dvcs"], ["prepare", "--se", "a=1"]]
+    "arguments",
+    [
+        [],
+        ["rolout"],
+        ["rollout", "--round", "first"],
+        ["run", "--no-dvcs"],
+        ["prepare", "--se", "a=1"],
+        ["serve-policy", "--port", "0"],
+        ["serve-policy", "--port", "70000"],
+        ["serve-policy", "--port", "http"],
+    ],
 )
 def test_a_command_line_that_is_none_ends_with_2(
     checkout: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
@@ -317,6 +342,89 @@ def test_a_second_opinion_without_a_key_is_refused(
     assert main(["score-orm", "--round", "0", "--set", "score_orm.second_opinion.model=m"]) == 2
     assert "the environment variable OPENAI_API_KEY holds no key" in capsys.readouterr().err
     assert not Workspace(Path()).table(0, "orm").exists()
+
+
+# Served: a real process, a stand-in for vLLM.
+
+
+@pytest.fixture
+def served_checkout(checkout: Path, keyless: None) -> Path:
+    """With a warm start that the stand-in can serve."""
+    save_policy(checkout / "artifacts/warmstart", 0)
+    return checkout
+
+
+SERVER = ["--set", f"rollout.server.command={sys.executable} {stand_in} serve"]
+
+
+def says_it_answers(process: subprocess.Popen[str]) -> str:
+    """What it said until then."""
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if " answers: " in line:
+            return said
+    raise AssertionError(said)
+
+
+def test_a_policy_is_served_beside_a_run_until_ctrl_c(
+    served_checkout: Path, start_papo: Callable[..., subprocess.Popen[str]]
+) -> None:
+    before, port = tree(served_checkout), free_port()
+    with exclusive(Workspace(Path())):
+        process = start_papo("serve-policy", "--port", str(port), *SERVER, cwd=served_checkout)
+        url = f"http://127.0.0.1:{port}/v1"
+        said = says_it_answers(process)
+        assert f'artifacts/warmstart answers: base_urls: ["{url}"], model: policy' in said
+        assert answers(url)
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert len(below) == 2  # the watchdog and the server
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "ending the server" in errors
+    assert "Traceback" not in errors
+    assert not answers(url)
+    assert psutil.wait_procs(below, timeout=0)[1] == []
+    assert tree(served_checkout) == before
+
+
+def test_a_policy_in_any_folder_is_served_and_a_kill_leaves_no_server(
+    served_checkout: Path, start_papo: Callable[..., subprocess.Popen[str]]
+) -> None:
+    shutil.move("artifacts/warmstart", "mine")
+    port = free_port()
+    process = start_papo("serve-policy", "mine", "--port", str(port), *SERVER, cwd=served_checkout)
+    says_it_answers(process)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert psutil.wait_procs(below, timeout=30)[1] == []
+
+
+def test_what_cannot_serve_a_policy_ends_with_2(served_checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve-policy", "--set", "rollout.server.command=no-such-vllm serve"]) == 2
+    assert "pip install vllm" in capsys.readouterr().err
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["serve-policy", "--port", str(port), *SERVER]) == 2
+    assert f"port {port} is taken" in capsys.readouterr().err
+
+
+def test_a_server_that_ends_by_itself_ends_with_1(
+    served_checkout: Path, start_papo: Callable[..., subprocess.Popen[str]]
+) -> None:
+    port = free_port()
+    process = start_papo("serve-policy", "--port", str(port), *SERVER, cwd=served_checkout)
+    says_it_answers(process)
+    psutil.Process(process.pid).children()[0].children()[0].kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the server ended by itself, with" in errors
+    assert f"where: .papo/servers/port-{port}.log" in errors
 
 
 # Interrupted: a real process, a real SIGINT, the real engines.

@@ -6,6 +6,7 @@ is gone. Whether a server serves the policy that it should is for the sampler to
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
@@ -18,11 +19,13 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http.client import HTTPException
+from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from papo.engines import watchdog
+from papo.engines.samplers.completions import key_of
 from papo.errors import CheckpointError, ServerDownError, SetupError
 from papo.params import ServerParams
 from papo.store.files import digest
@@ -65,7 +68,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        shown = "127.0.0.1" if self._host == "0.0.0.0" else self._host
+        shown = "127.0.0.1" if self._host in ("", "0.0.0.0") else self._host
         return f"http://{shown}:{self._port}/v1"
 
     def start(self) -> None:
@@ -280,12 +283,19 @@ class Servers:
 
 def serve_policy(
     params: ServerParams, policy: Path, log: Path, *, host: str, port: int, say: Callable[[str], None]
-) -> int:
-    """Serves one policy until the server ends or Ctrl-C; the exit status of the server, 0 after Ctrl-C.
+) -> None:
+    """Serves one policy until Ctrl-C.
 
     Raises:
-        CheckpointError, SetupError, ServerDownError: it cannot, and why.
+        CheckpointError, SetupError: it cannot, and why; also if others could reach it and it has no key.
+        ServerDownError: it does not answer in time, or ended by itself.
     """
+    if not is_loopback(host) and not key_of(params):
+        raise SetupError(
+            f"at {host or 'every address'} others could reach the server, and it would ask nobody for a key",
+            where=f"--host, {params.api_key_env}",
+            fix=f"export a secret of yours as {params.api_key_env} here and where papo samples, or leave --host out",
+        )
     if taken(host, port):
         raise SetupError(
             f"port {port} is taken", where=f"{host}:{port}", fix="name another --port, or end what listens there"
@@ -296,9 +306,15 @@ def serve_policy(
         say(f"starting vLLM for {policy}; its log: {log}")
         server.wait()
         say(f'{policy} answers: base_urls: ["{server.url}"], model: {params.model or MODEL}')
-        return server.join()
+        status = server.join()
+        said = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
+        raise ServerDownError(
+            f"the server ended by itself, with {status}:\n{said}",
+            where=str(log),
+            fix="see there why, and start it again",
+        )
     except KeyboardInterrupt:
-        return 0
+        say("ending the server")
     finally:
         server.close()
 
@@ -337,10 +353,29 @@ def free_port() -> int:
 
 
 def taken(host: str, port: int) -> bool:
+    """Whether somebody listens there.
+
+    Raises:
+        SetupError: nobody can.
+    """
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             one.bind((host, port))
-        except OSError:
-            return True
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return True
+            raise SetupError(
+                f"no server can listen there: {error.strerror or error}",
+                where=f"{host}:{port}",
+                fix="name an IPv4 address of this machine as --host, and a --port of 1024 or above",
+            ) from None
         return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it; False for a name other than localhost."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -463,6 +464,8 @@ def test_the_key_is_sent_and_shown_nowhere(
         {"api_key_env": "sk-123"},
         {"concurrency": 0},
         {"max_difference": 0.0},
+        {"options": {"host": "0.0.0.0"}},
+        {"options": {"api_key": "sk-123"}},
         {"other": 1},
     ],
 )
@@ -473,3 +476,10 @@ def test_params_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_versions_are_those_of_the_servers(policy: Path, start: Callable[..., ChatProcess]) -> None:
     assert set(sampler_of(policy, start()).versions()) == {"vllm", "transformers"}
+
+
+def test_a_package_that_is_not_there_is_told(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(SetupError, match="needs the package aiohttp") as caught:
+        sampler_of(policy, "http://127.0.0.1:8000/v1").check()
+    assert "the extra vllm-server" in caught.value.fix

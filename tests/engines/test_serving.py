@@ -269,8 +269,8 @@ def test_a_policy_is_served_until_ctrl_c(tables: list[Path], tmp_path: Path) -> 
     code = (
         "import sys; from pathlib import Path\n"
         "from papo.engines import serving; from papo.params import ServerParams\n"
-        f"sys.exit(serving.serve_policy(ServerParams(command={COMMAND!r}), Path({str(tables[0])!r}), Path({str(tmp_path / 'log')!r}),\n"
-        f"         host='127.0.0.1', port={port}, say=lambda text: print(text, flush=True)))"
+        f"serving.serve_policy(ServerParams(command={COMMAND!r}), Path({str(tables[0])!r}), Path({str(tmp_path / 'log')!r}),\n"
+        f"         host='127.0.0.1', port={port}, say=lambda text: print(text, flush=True))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -282,17 +282,90 @@ def test_a_policy_is_served_until_ctrl_c(tables: list[Path], tmp_path: Path) -> 
         ) as got:
             assert b'"policy"' in got.read()
         os.kill(process.pid, signal.SIGINT)
+        assert process.stdout.readline() == "ending the server\n"
         assert process.wait(30) == 0
     assert not serving.answers(f"http://127.0.0.1:{port}/v1")
+
+
+def refusal(policy: Path, log: Path, *, host: str = "127.0.0.1", port: int, **params: Any) -> PapoError:
+    return failure(
+        SetupError, lambda: serve_policy(params_of(**params), policy, log, host=host, port=port, say=lambda _: None)
+    )
 
 
 def test_a_port_that_is_taken_is_told(tables: list[Path], tmp_path: Path) -> None:
     with completions_process() as server:
         port = int(server.url.split(":")[2].split("/")[0])
+        assert refusal(tables[0], tmp_path / "log", port=port).what == f"port {port} is taken"
 
-        def serve() -> int:
-            return serve_policy(
-                params_of(), tables[0], tmp_path / "log", host="127.0.0.1", port=port, say=lambda _: None
-            )
 
-        assert failure(SetupError, serve).what == f"port {port} is taken"
+@pytest.mark.parametrize("host", ["203.0.113.7", "no-such-host.invalid", "::1"])
+def test_a_host_at_which_nothing_can_listen_is_told(
+    tables: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "a-secret")
+    error = refusal(tables[0], tmp_path / "log", host=host, port=free_port())
+    assert error.what.startswith("no server can listen there: ")
+    assert "--host" in error.fix
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.0.1", "myhost"])
+def test_without_a_key_no_server_is_open_to_others(
+    tables: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("MINE", " ")
+    monkeypatch.setenv("VLLM_API_KEY", "of another server")
+    error = refusal(tables[0], tmp_path / "log", host=host, port=free_port(), api_key_env="MINE")
+    assert "others could reach the server" in error.what
+    assert "MINE" in error.fix
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1"])
+def test_what_only_this_machine_reaches(host: str) -> None:
+    assert serving.is_loopback(host)
+
+
+def test_with_a_key_a_server_is_open_to_others(
+    tables: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "a-secret")
+    said = list[str]()
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "answers" in text:
+            raise KeyboardInterrupt
+
+    port = free_port()
+    serve_policy(params_of(), tables[0], tmp_path / "log", host="0.0.0.0", port=port, say=say)
+    assert f'base_urls: ["http://127.0.0.1:{port}/v1"]' in said[1]
+    assert '"--host": "0.0.0.0"' in (tmp_path / "log").read_text()
+    assert "a-secret" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("status", [0, 5])
+def test_a_server_that_ends_by_itself_is_told(tables: list[Path], tmp_path: Path, status: int) -> None:
+    program, signed = tmp_path / "dies.py", tmp_path / "signed"
+    program.write_text(
+        "import os, pathlib, sys, threading, time\n"
+        f"sys.path.insert(0, {str(Path(stand_in).parents[1])!r})\n"
+        "from servers.completions import serve_folder\n"
+        "def die():\n"
+        f"    while not pathlib.Path({str(signed)!r}).exists(): time.sleep(0.05)\n"
+        f"    print('the engine died', flush=True); os._exit({status})\n"
+        "threading.Thread(target=die, daemon=True).start()\n"
+        "serve_folder(*sys.argv[1:])"
+    )
+    params, port = params_of(command=f"{sys.executable} {program}"), free_port()
+
+    def say(text: str) -> None:
+        if "answers" in text:
+            signed.touch()
+
+    error = failure(
+        ServerDownError,
+        lambda: serve_policy(params, tables[0], tmp_path / "log", host="127.0.0.1", port=port, say=say),
+    )
+    assert error.what.startswith(f"the server ended by itself, with {status}:")
+    assert error.what.endswith("the engine died")

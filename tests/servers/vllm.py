@@ -10,34 +10,27 @@ starts processes in turn. A watchdog ends them all when the `with` does, or when
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import select
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event
 from typing import Any
 
-import psutil
+from papo.engines import watchdog
 
 ROOT = Path(__file__).parents[2]
 START_S = 300.0
 """Some 35 s are usual, and several times that beside other tests."""
 
-GENTLY_S, KILLED_S = 20.0, 10.0
-"""For its processes to end after SIGTERM, and after SIGKILL."""
-
-PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+GENTLY_S = 20.0
+"""For its processes to end after SIGTERM."""
 
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -93,8 +86,8 @@ def vllm_server(
     with tempfile.TemporaryDirectory(prefix="papo-vllm-") as folder:
         log = Path(folder) / "log"
         with log.open("wb") as stream:
-            watchdog = subprocess.Popen(
-                [sys.executable, __file__, str(GENTLY_S), *map(str, command)],
+            watched = subprocess.Popen(
+                [sys.executable, watchdog.__file__, str(GENTLY_S), *map(str, command)],
                 cwd=folder,  # `python -m` imports from there first
                 env=_environment({"TMPDIR": folder} | dict(environment or {})),  # vLLM leaves files there
                 stdin=subprocess.PIPE,
@@ -102,15 +95,15 @@ def vllm_server(
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the test
             )
-        with watchdog:
+        with watched:
             try:
-                _wait_until_healthy(f"http://127.0.0.1:{port}/health", watchdog, log, start_s)
+                _wait_until_healthy(f"http://127.0.0.1:{port}/health", watched, log, start_s)
                 yield f"http://127.0.0.1:{port}/v1"
-                if watchdog.poll() is not None:
-                    raise ServerFailedError(f"vLLM ended with {watchdog.returncode} while it was in use:\n{_tail(log)}")
+                if watched.poll() is not None:
+                    raise ServerFailedError(f"vLLM ended with {watched.returncode} while it was in use:\n{_tail(log)}")
             finally:
-                watchdog.terminate()  # standard input is for the case that nobody is left to do that
-                watchdog.wait(GENTLY_S + KILLED_S + 10)
+                watched.terminate()  # standard input is for the case that nobody is left to do that
+                watched.wait(GENTLY_S + watchdog.KILLED_S + 10)
 
 
 def _environment(given: Mapping[str, str]) -> dict[str, str]:
@@ -137,14 +130,14 @@ def free_port() -> int:
         return port
 
 
-def _wait_until_healthy(url: str, watchdog: subprocess.Popen[bytes], log: Path, start_s: float) -> None:
+def _wait_until_healthy(url: str, watched: subprocess.Popen[bytes], log: Path, start_s: float) -> None:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     until = time.monotonic() + start_s
     while True:
         with suppress(OSError), direct.open(url, timeout=5):
             return
-        if watchdog.poll() is not None:
-            raise ServerFailedError(f"vLLM ended with {watchdog.returncode}:\n{_tail(log)}")
+        if watched.poll() is not None:
+            raise ServerFailedError(f"vLLM ended with {watched.returncode}:\n{_tail(log)}")
         if time.monotonic() > until:
             raise ServerFailedError(f"vLLM was not healthy within {start_s:g} s:\n{_tail(log)}")
         time.sleep(0.25)
@@ -152,48 +145,3 @@ def _wait_until_healthy(url: str, watchdog: subprocess.Popen[bytes], log: Path, 
 
 def _tail(log: Path, lines: int = 100) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
-# ---- the watchdog ----
-
-
-def watch(command: Sequence[str], gently_s: float) -> int:
-    """Runs the command until it ends, standard input does, or SIGTERM comes; none of what it started is left then."""
-    told = Event()
-    signal.signal(signal.SIGTERM, lambda *_: told.set())
-    # Who loses its parent becomes a child of this process, not of the first one: nobody gets away, and nobody stays as a zombie.
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    try:
-        while server.poll() is None and not told.is_set() and not select.select([sys.stdin], [], [], 0.2)[0]:
-            pass
-    finally:
-        end(server.pid, gently_s)
-    return server.returncode or 0
-
-
-def end(group: int, gently_s: float) -> None:
-    """Ends a group, and every process below this one.
-
-    Raises:
-        TimeoutError: one of them outlived SIGKILL.
-    """
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGTERM)
-    started = time.monotonic()
-    while time.monotonic() < started + gently_s + KILLED_S:
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return
-        if time.monotonic() > started + gently_s:
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):
-                    process.kill()
-        time.sleep(0.1)
-    raise TimeoutError(f"{psutil.Process().children(recursive=True)} outlived SIGKILL")
-
-
-if __name__ == "__main__":
-    sys.exit(watch(sys.argv[2:], float(sys.argv[1])))

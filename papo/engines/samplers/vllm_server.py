@@ -107,7 +107,7 @@ class VllmServerSampler:
             raise SetupError(
                 f"sampling from servers needs the package aiohttp, which cannot be imported: {error}",
                 where="rollout.engine",
-                fix="run `pip install aiohttp`, or set rollout.engine to transformers",
+                fix="run `pip install aiohttp` (the extra vllm-server), or set rollout.engine to transformers",
             ) from None
         key_of(self._params)
 
