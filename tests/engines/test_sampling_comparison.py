@@ -54,7 +54,7 @@ def test_no_right_policy_is_refused_and_no_other_taken_for_it(kind: str, away: f
 
 
 @pytest.mark.parametrize("kind", ["alike", "few", "shared"])
-def test_the_standard_error_is_that_of_repeated_measurements(kind: str) -> None:
+def test_the_standard_error_is_that_of_noise_which_a_sequence_shares_and_else_above(kind: str) -> None:
     stream = np.random.default_rng(2)
     found = []
     for _ in range(1000):
@@ -65,7 +65,8 @@ def test_the_standard_error_is_that_of_repeated_measurements(kind: str) -> None:
         found.append(place([one + add for one, add in zip(wanted, noise, strict=True)], wanted, other))
     spread, said = float(np.std([of.at for of in found])), float(np.mean([of.error for of in found]))
     assert abs(np.mean([of.at for of in found])) < 4 * spread / math.sqrt(len(found))
-    assert 0.8 * spread < said < 1.5 * spread
+    assert 0.8 * spread < said
+    assert said < 1.2 * spread or kind != "shared"
 
 
 def test_two_policies_that_are_one_are_not_told_apart() -> None:

@@ -2,9 +2,13 @@
 
 Log-probs y of a server are those of the policy it serves, and noise. With w those of the policy that is wanted and d the way from there to
 another one, y = w + t d + noise has t = 0 where the server serves the wanted policy and t = 1 where it serves the other. Its least-squares
-estimate is (y - w)·d / d·d, and y is nearer to the other in mean squared difference just where that is above 1/2. Of noise alike on all
-tokens, of variance v, the log of the likelihood ratio of the two is (1 - 2t) d·d / 2v; but noise differs from token to token, and within a
-sequence one rounding meets all that come after, so the standard error is that of sums over whole sequences.
+estimate is (y - w)·d / d·d, and y is nearer to the other in mean squared difference just where that is above 1/2.
+
+Noise that is independent from token to token moves t by |noise| / |d| over the root of the number of tokens, as a standard error. That of
+bfloat16 is not: it is the same each time, and alike where texts are. Of vLLM 0.32.0 its cosine with d was up to 0.27 on 1,500 tokens of 12
+sequences, ten times what is to be expected of that many independent ones, and 0.19 on 2,280 of 24. So a whole sequence counts as one
+observation: the standard error is |noise| / |d| over the root of the number of sequences. With that error e, the log of the likelihood
+ratio of the two policies is (1 - 2t) / 2e².
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SURE = 5.0
-"""Standard errors from a policy beyond which log-probs are none of it: one in three million by chance, of normal noise."""
+"""Standard errors from a policy beyond which log-probs are none of it; of 50 sequences, the noise is below 1.4 times |d| then."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,8 @@ def place(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], other: Sequ
         return Place(0.0, math.inf)
     gone = [values - ours for values, ours in zip(found, wanted, strict=True)]
     at = _sum(gone, ways) / length
-    rest = [step - at * way for step, way in zip(gone, ways, strict=True)]
-    sequences, tokens = len(ways), sum(map(len, ways))
-    within = sum(float(one @ way) ** 2 for one, way in zip(rest, ways, strict=True)) * sequences / (sequences - 1)
-    alike = _sum(rest, rest) / max(tokens - 1, 1) * length
-    # The larger of the two: few sequences may agree by chance.
-    return Place(at, max(math.sqrt(max(within, alike)) / length, 1e-9))
+    noise = [step - at * way for step, way in zip(gone, ways, strict=True)]
+    return Place(at, max(math.sqrt(_sum(noise, noise) / length / len(ways)), 1e-9))
 
 
 def _sum(one: Sequence[np.ndarray], two: Sequence[np.ndarray]) -> float:
