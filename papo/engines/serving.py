@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from papo.engines import watchdog
-from papo.engines.samplers.completions import served_name
+from papo.engines.samplers.completions import NAME_FLAG, served_name
 from papo.errors import CheckpointError, ServerDownError, SetupError
 from papo.params import ServerParams
 from papo.store.files import digest
@@ -116,7 +116,7 @@ class Server:
             )
         named = ["--model"] if words[-1] == NAMED else []
         flags: dict[str, str | int | float | bool] = {
-            "served-model-name": self.name,
+            NAME_FLAG: self.name,
             "host": self._host,
             "port": self._port,
             "dtype": self._params.dtype,

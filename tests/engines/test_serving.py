@@ -165,8 +165,11 @@ def test_the_name_says_which_policy_and_not_where_it_lies(tables: list[Path], tm
     assert command[command.index("--served-model-name") + 1] == names[0]
 
 
-def test_a_name_that_is_given_leaves_it_to_the_log_probs(tables: list[Path], tmp_path: Path) -> None:
-    params = params_of(model="mine")
+@pytest.mark.parametrize("given", [{"model": "mine"}, {"options": {"served_model_name": "mine"}}])
+def test_a_name_that_is_given_leaves_it_to_the_log_probs(
+    tables: list[Path], tmp_path: Path, given: dict[str, Any]
+) -> None:
+    params = params_of(**given)
     with Servers(params, tmp_path) as servers:
         urls = servers.serve(tables[1])
         assert "another policy" in failure(SetupError, lambda: sampled(params, tables[0], urls)).what

@@ -32,6 +32,9 @@ NEVER = -9999.0
 ROUNDING = 1e-4
 """A log-prob may be above 0 by so much, and is 0 then."""
 
+NAME_FLAG = "served-model-name"
+"""Of `vllm serve`: the name of the model."""
+
 _AGAIN = {408, 425, 429}
 
 

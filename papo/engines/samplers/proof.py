@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from papo.store.files import digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
+
 LIMITS = {"float32": 5e-4, "bfloat16": 1.0, "float16": 0.125}
 """Largest difference of a log-prob, by what a server computes in.
 
@@ -38,6 +40,7 @@ it only from one that has nothing to do with it.
 """
 
 TOP = 5
+_TOGETHER = 8
 _HAND_OVER = "have the server load that folder (start it anew, or set reload)"
 _TEXTS = ("3+5-2=?\n", "12-7+8=?\n3+4=", "9-9=?\n0\n1+2+3+4=?\n")
 _LENGTHS = (*[24] * 20, *[48] * 4)
@@ -76,19 +79,15 @@ def compute_fixed(
     dtype: str = "float32",
 ) -> list[Fixed]:
     """The sequences with what transformers says of them; none is longer than `room` tokens. It rounds the weights of `model` to `dtype`."""
-    import torch
 
-    _round(model, dtype)
-    fixed = []
-    with torch.inference_mode():
-        for ids in _sequences(tokenizer, room):
-            logits = model(torch.tensor([ids], device=model.device)).logits[0].double()
-            after = logits[-1].log_softmax(-1).cpu().numpy()
-            sampled = after
-            if temperature > 0.0:  # at 0 the likeliest token is taken, and its log-prob is that at temperature 1
-                sampled = _nucleus((logits[-1] / temperature).log_softmax(-1).cpu().numpy(), top_p)
-            fixed.append(Fixed(ids, _read(logits, ids), sampled.astype(np.float32), after.astype(np.float32)))
-    return fixed
+    def fixed(logits: Any, ids: list[int]) -> Fixed:
+        after = logits[-1].log_softmax(-1).cpu().numpy()
+        sampled = after
+        if temperature > 0.0:  # at 0 the likeliest token is taken, and its log-prob is that at temperature 1
+            sampled = _nucleus((logits[-1] / temperature).log_softmax(-1).cpu().numpy(), top_p)
+        return Fixed(ids, _read(logits, ids), sampled.astype(np.float32), after.astype(np.float32))
+
+    return _each(model, _sequences(tokenizer, room), dtype, fixed)
 
 
 _others_read: dict[tuple[str, str, str], list[np.ndarray]] = {}
@@ -105,7 +104,7 @@ def with_others(
     """
     seen, found = {digest(policy)}, list(fixed)
     for other in others:
-        if not (other / "config.json").is_file() or digest(other) in seen:
+        if not other.is_dir() or digest(other) in seen:
             continue
         seen.add(digest(other))
         try:
@@ -122,26 +121,34 @@ def _read_other(other: Path, fixed: Sequence[Fixed], dtype: str) -> list[np.ndar
     Raises:
         CheckpointError: it is no policy, or one of another vocabulary.
     """
-    import torch
-
     key = (digest(other), dtype, hashlib.sha256(repr([one.ids for one in fixed]).encode()).hexdigest())
     if key not in _others_read:
         model = load_policy(other, device="cpu")[0].eval()
         vocabulary, wanted = int(model.config.get_text_config().vocab_size), len(fixed[0].plain) if fixed else 0
         if vocabulary != wanted:
             raise CheckpointError(f"it has {vocabulary} tokens, the wanted policy {wanted}", where=str(other))
-        _round(model, dtype)
-        with torch.inference_mode():
-            _others_read[key] = [_read(model(torch.tensor([one.ids])).logits[0].double(), one.ids) for one in fixed]
+        _others_read[key] = _each(model, [one.ids for one in fixed], dtype, _read)
     return _others_read[key]
 
 
-def _round(model: PreTrainedModel, dtype: str) -> None:
+def _each(
+    model: PreTrainedModel, sequences: Sequence[list[int]], dtype: str, read: Callable[[Any, list[int]], T]
+) -> list[T]:
+    """What `read` makes of each sequence and its logits. The weights of `model` are rounded to `dtype`, and stay so."""
     import torch
 
-    with torch.no_grad():
+    found: dict[int, T] = {}
+    with torch.inference_mode():
         for weight in model.parameters():
             weight.copy_(weight.to(getattr(torch, dtype)))
+        for length in {len(ids) for ids in sequences}:
+            same = [number for number, ids in enumerate(sequences) if len(ids) == length]
+            for start in range(0, len(same), _TOGETHER):
+                batch = same[start : start + _TOGETHER]
+                ids = torch.tensor([sequences[number] for number in batch], device=model.device)
+                for number, logits in zip(batch, model(ids).logits, strict=True):
+                    found[number] = read(logits.double(), sequences[number])
+    return [found[number] for number in range(len(sequences))]
 
 
 def _read(logits: Any, ids: Sequence[int]) -> np.ndarray:

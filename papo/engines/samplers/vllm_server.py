@@ -25,6 +25,7 @@ from papo.engines.protocols import Progress, Sample, SampleRequest
 from papo.engines.samplers.comparison import SURE, Place
 from papo.engines.samplers.completions import (
     IDLE_S,
+    NAME_FLAG,
     Endpoint,
     NoAnswerError,
     Row,
@@ -457,7 +458,8 @@ class _Asking:
             SetupError: it should have been started by papo for this policy, and was not.
         """
         p, wanted = self._params, served_name(self._sampler._policy)
-        if not p.base_urls and p.model is None and server.model != wanted:
+        given = p.base_urls or p.model is not None or any(key.replace("_", "-") == NAME_FLAG for key in p.options)
+        if not given and server.model != wanted:
             raise SetupError(
                 f"the server was started for another policy: its name is {server.model}, not {wanted}",
                 where=f"{server.url}, {self._sampler._policy}",
