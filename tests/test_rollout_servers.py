@@ -22,7 +22,7 @@ from papo.store.tables import read_rows
 
 pytestmark = pytest.mark.usefixtures("keyless")
 NOISE = 0.03
-"""Of a log-prob of a server that computes in bfloat16; its policies are 0.06 from one round to the next."""
+"""Of a log-prob of a server that computes in bfloat16; its policies are 0.12 from one round to the next."""
 
 
 @pytest.fixture
