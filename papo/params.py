@@ -647,7 +647,7 @@ class AlarmsParams(_Section):
     accuracy_noise: Share = 0.05
     length_growth: float = Field(1.6, gt=1.0)
     judge_failure_share: Share = 0.1
-    logprob_difference: float = Field(0.02, gt=0.0)
+    logprob_difference: float = Field(0.05, gt=0.0)
     inversion_share: Share = 0.05
 
 

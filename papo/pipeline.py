@@ -168,10 +168,12 @@ def _rollout(params: Params, workspace: Workspace, context: Context, round_: int
         scorer = ahead = ahead or make_ahead(params, workspace, context, round_)
         inputs = dataclasses.replace(inputs, scoring=_scoring(params, workspace, context, round_))
     out = workspace.table(round_, "rollouts")
+    # What a server serves that was never handed this policy.
+    others = (workspace.policy(round_ - 2), workspace.warmstart) if round_ else ()
     with _servers(params, workspace, context) as servers:
         sampler = make_sampler(
             p, policy, temperature=p.temperature, top_p=p.top_p, max_new_tokens=p.max_new_tokens,
-            urls=lambda: servers.serve(policy), warn=context.warn,
+            others=others, urls=lambda: servers.serve(policy), warn=context.warn,
         )  # fmt: skip
         return rollout.run(
             p, _there(inputs, workspace), out,
@@ -337,7 +339,7 @@ def evaluate_policies(
         Path(name).resolve().name if Path(name).is_dir() else name for name in (policy, against) if name
     )
     out = workspace.comparisons / label
-    with _evaluation_engine(params, workspace, context) as engine:
+    with _evaluation_engine(params, workspace, context, inputs) as engine:
         return out, evaluate.run(params.evaluate, inputs, out, engine=engine, context=context)
 
 
@@ -388,7 +390,7 @@ def measure_pass_rates(
         max_new_tokens=params.rollout.max_new_tokens,
     )  # fmt: skip
     tries = workspace.comparisons / f"pass-rates-{Path(policy).name}"
-    with _evaluation_engine(params, workspace, context) as engine:
+    with _evaluation_engine(params, workspace, context, inputs) as engine:
         evaluate.run(params.evaluate, _there(inputs, workspace), tries, engine=engine, context=context)
     scores: dict[str, list[float]] = defaultdict(list)
     for row in read_columns(tries / "train.parquet", EVALUATION, "problem_id", "orm_score"):
@@ -454,22 +456,25 @@ def _evaluate(params: Params, workspace: Workspace, context: Context, round_: No
         benchmarks={name: workspace.benchmark(name) for name in p.benchmarks},
         metrics={name: params.metric(name) for name in p.benchmarks},
     )
-    with _evaluation_engine(params, workspace, context) as engine:
+    with _evaluation_engine(params, workspace, context, inputs) as engine:
         return evaluate.run(p, _there(inputs, workspace), workspace.evaluation, engine=engine, context=context)
 
 
 @contextmanager
-def _evaluation_engine(params: Params, workspace: Workspace, context: Context) -> Iterator[evaluate.Engine]:
+def _evaluation_engine(
+    params: Params, workspace: Workspace, context: Context, inputs: evaluate.Inputs
+) -> Iterator[evaluate.Engine]:
     from papo.engines.samplers import make_sampler
     from papo.engines.verifiers import make_verifier
 
     p = params.evaluate
+    others = (*inputs.policies.values(), workspace.policy(params.run.rounds - 2))
     with _servers(params, workspace, context) as servers:
 
         def sampler(policy: Path) -> Sampler:
             return make_sampler(
                 params.rollout, policy, temperature=p.temperature, top_p=p.top_p, max_new_tokens=p.max_new_tokens,
-                urls=lambda: servers.serve(policy), warn=context.warn,
+                others=others, urls=lambda: servers.serve(policy), warn=context.warn,
             )  # fmt: skip
 
         yield evaluate.Engine(sampler=sampler, verifier=make_verifier(params.score_orm))

@@ -38,7 +38,7 @@ class Limits:
     """Mean length over the lowest of the window."""
     judge_failure_share: float = 0.1
     """Share of the judge's calls without a verdict."""
-    logprob_difference: float = 0.02
+    logprob_difference: float = 0.05
     """Mean difference of the sampler's log-probs and the trainer's."""
     inversion_share: float = 0.05
     """Share of correct responses that do not outrank every wrong one of their group."""

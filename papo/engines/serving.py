@@ -25,16 +25,13 @@ from types import TracebackType
 from typing import Self
 
 from papo.engines import watchdog
-from papo.engines.samplers.completions import key_of
+from papo.engines.samplers.completions import NAME_FLAG, key_of, served_name
 from papo.errors import CheckpointError, ServerDownError, SetupError
 from papo.params import ServerParams
 from papo.store.files import digest
 
 GENTLY_S = 20.0
 """For a server to end after SIGTERM."""
-
-MODEL = "policy"
-"""The name by which a server that is started here serves the policy, if the params give it none."""
 
 NAMED = "vllm.entrypoints.openai.api_server"
 """The command whose last word this is takes the model as --model; `vllm serve` takes it as it stands."""
@@ -65,6 +62,11 @@ class Server:
         self._params, self._device = params, device
         self._host, self._port = host, free_port() if port is None else port
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def name(self) -> str:
+        """By which it serves the policy."""
+        return self._params.model or served_name(self.policy)
 
     @property
     def url(self) -> str:
@@ -116,7 +118,7 @@ class Server:
             )
         named = ["--model"] if words[-1] == NAMED else []
         flags: dict[str, str | int | float | bool] = {
-            "served-model-name": self._params.model or MODEL,
+            NAME_FLAG: self.name,
             "host": self._host,
             "port": self._port,
             "dtype": self._params.dtype,
@@ -305,7 +307,7 @@ def serve_policy(
         server.start()
         say(f"starting vLLM for {policy}; its log: {log}")
         server.wait()
-        say(f'{policy} answers: base_urls: ["{server.url}"], model: {params.model or MODEL}')
+        say(f'{policy} answers: base_urls: ["{server.url}"], model: {server.name}')
         status = server.join()
         said = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
         raise ServerDownError(

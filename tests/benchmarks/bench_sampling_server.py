@@ -27,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import aiohttp
-from servers.completions import completions_process, save_policy
+from servers.completions import MODEL, completions_process, save_policy
 
 from papo.engines.protocols import SampleRequest
+from papo.engines.samplers.completions import served_name
 from papo.engines.samplers.vllm_server import VllmServerSampler
-from papo.engines.serving import MODEL, Servers
+from papo.engines.serving import Servers
 from papo.params import ServerParams
 from papo.schemas import row_seed
 
@@ -117,7 +118,7 @@ def main() -> None:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
             own = ServerParams(command=command, options=options)
             url = stack.enter_context(Servers(own, folder / "logs", say=print)).serve(policy)[0]
-            model = MODEL
+            model = served_name(policy)
         elif given.url is not None:
             policy, url, model = given.policy, given.url, None
         else:

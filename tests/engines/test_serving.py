@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from servers.completions import completions_process, save_policy
 
 from papo.engines import serving
 from papo.engines.protocols import SampleRequest
+from papo.engines.samplers.completions import served_name
 from papo.engines.samplers.vllm_server import VllmServerSampler
 from papo.engines.serving import Server, Servers, free_port, serve_policy
 from papo.errors import CheckpointError, PapoError, ServerDownError, SetupError
@@ -103,7 +106,9 @@ def test_each_policy_gets_servers_that_serve_it_and_the_old_ones_are_gone(tables
         second = servers.serve(tables[1])
         assert len(set(first)) == len(set(second)) == 2
         assert sampled(params, tables[1], second) != rows
-        failure(SetupError, lambda: sampled(params, tables[0], second))
+        error = failure(SetupError, lambda: sampled(params, tables[0], second))
+        names = [served_name(table) for table in tables]
+        assert error.what == f"the server was started for another policy: its name is {names[1]}, not {names[0]}"
     assert len(said) == 2
     assert not [url for url in first + second if serving.answers(url)]
     logs = [(tmp_path / f"logs/server-{number}.log").read_text() for number in range(2)]
@@ -149,6 +154,26 @@ def test_none_of_its_processes_is_left_when_the_run_is_killed(
     while left(pids) and time.monotonic() < until:
         time.sleep(0.1)
     assert left(pids) == []
+
+
+def test_the_name_says_which_policy_and_not_where_it_lies(tables: list[Path], tmp_path: Path) -> None:
+    elsewhere = Path(shutil.copytree(tables[0], tmp_path / "elsewhere"))
+    names = [Server(params_of(), folder, tmp_path / "log").name for folder in (*tables, elsewhere)]
+    assert names[2] == names[0] != names[1]
+    assert re.fullmatch("policy-[0-9a-f]{12}", names[0])
+    command = Server(params_of(), tables[0], tmp_path / "log").command()
+    assert command[command.index("--served-model-name") + 1] == names[0]
+
+
+@pytest.mark.parametrize("given", [{"model": "mine"}, {"options": {"served_model_name": "mine"}}])
+def test_a_name_that_is_given_leaves_it_to_the_log_probs(
+    tables: list[Path], tmp_path: Path, given: dict[str, Any]
+) -> None:
+    params = params_of(**given)
+    with Servers(params, tmp_path) as servers:
+        urls = servers.serve(tables[1])
+        assert "another policy" in failure(SetupError, lambda: sampled(params, tables[0], urls)).what
+        assert len(sampled(params, tables[1], urls)) == len(REQUESTS)
 
 
 def test_what_it_is_told(tables: list[Path], tmp_path: Path) -> None:
@@ -276,11 +301,12 @@ def test_a_policy_is_served_until_ctrl_c(tables: list[Path], tmp_path: Path) -> 
         assert process.stdout is not None
         assert process.stdout.readline().startswith("starting vLLM")
         said = process.stdout.readline()
-        assert said == f'{tables[0]} answers: base_urls: ["http://127.0.0.1:{port}/v1"], model: policy\n'
+        name = served_name(tables[0])
+        assert said == f'{tables[0]} answers: base_urls: ["http://127.0.0.1:{port}/v1"], model: {name}\n'
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
             f"http://127.0.0.1:{port}/v1/models"
         ) as got:
-            assert b'"policy"' in got.read()
+            assert f'"{name}"'.encode() in got.read()
         os.kill(process.pid, signal.SIGINT)
         assert process.stdout.readline() == "ending the server\n"
         assert process.wait(30) == 0

@@ -52,13 +52,14 @@ ROW_FAULTS = {
 
 @dataclass(frozen=True)
 class Plan(chat.Plan):
-    """`policy`: the number of the table; `mode`: as --logprobs-mode; `context`: as --max-model-len."""
+    """`policy`: number of the table; `mode`: as --logprobs-mode; `context`: as --max-model-len; `noise`: in a log-prob, as of rounding."""
 
     policy: int = 0
     mode: str = "processed_logprobs"
     context: int = 64
     model: str = MODEL
     proofs: bool = False
+    noise: float = 0.0
     token_s: float = 0.0  # a token, beside a latency_s that is not 0
 
     def __post_init__(self) -> None:
@@ -109,6 +110,7 @@ def complete(body: dict[str, Any], plan: Plan) -> dict[str, Any]:
     rows, prompt, temperature = table(plan.policy), body["prompt"], body["temperature"]
     scale = temperature if temperature > 0 and plan.mode == "processed_logprobs" else 1.0
     stream, ids, logprobs, top = random.Random(body["seed"]), list[int](), list[float](), list[dict[str, float]]()
+    rounding = random.Random(f"{prompt} {body['seed']}")
     before = prompt[-1]
     while len(ids) < body["max_tokens"] and not (ids and ids[-1] in body["stop_token_ids"]):
         given = log_softmax(rows[before], scale)
@@ -118,7 +120,7 @@ def complete(body: dict[str, Any], plan: Plan) -> dict[str, Any]:
         else:
             before = max(range(VOCABULARY), key=given.__getitem__)
         ids.append(before)
-        logprobs.append(given[before])
+        logprobs.append(min(given[before] + rounding.gauss(0.0, plan.noise), 0.0))
         best = sorted(range(VOCABULARY), key=lambda token: -given[token])[: body["logprobs"]]
         top.append({f"token_id:{token}": given[token] for token in {before: 0, **dict.fromkeys(best)}})
     names = [f"token_id:{token}" for token in ids]
@@ -127,7 +129,7 @@ def complete(body: dict[str, Any], plan: Plan) -> dict[str, Any]:
         "prompt_token_ids": prompt, "logprobs": {"tokens": names, "token_logprobs": logprobs, "top_logprobs": top},
     }  # fmt: skip
     if "prompt_logprobs" in body:
-        read = [log_softmax(rows[one])[two] for one, two in pairwise(prompt)]
+        read = [log_softmax(rows[one])[two] + rounding.gauss(0.0, plan.noise) for one, two in pairwise(prompt)]
         entries = [{str(two): {"logprob": value, "rank": 1}} for two, value in zip(prompt[1:], read, strict=True)]
         choice["prompt_logprobs"] = [None, *entries]
     return choice

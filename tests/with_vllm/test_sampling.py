@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,14 +44,18 @@ def policy(started: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def next_policy(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The policy after a step: every weight a thousandth of its size away."""
+    return moved(policy, tmp_path_factory.mktemp("next") / "policy", 1e-3)
+
+
+def moved(policy: Path, folder: Path, share: float) -> Path:
+    """The policy with every weight that share of its size away."""
     import torch
 
     model, tokenizer = load_policy(policy, device="cpu")
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(1 + 1e-3 * torch.randn_like(weight))
-    folder = tmp_path_factory.mktemp("next") / "policy"
+            weight.mul_(1 + share * torch.randn_like(weight))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -79,6 +84,7 @@ def served(
 def sampler_of(
     served: tuple[ServerParams, Servers], policy: Path, *, serve: Path | None = None, **change: Any
 ) -> VllmServerSampler:
+    """Of a server that serves `serve`, or the policy."""
     params, servers = served
     given = {"temperature": 1.0, "top_p": 1.0, "max_prompt_tokens": 32, "max_new_tokens": 24} | change
     urls = servers.serve(serve or policy)
@@ -116,7 +122,7 @@ def test_stored_logprobs_are_those_of_the_sampled_distribution(
         for one, sample in zip(expected, samples, strict=True)
     ]
     assert max(differences) < 1e-4
-    assert max(sampler.differences.values()) < 1e-4
+    assert sampler.metrics()["proof_difference"] < 1e-4
     assert sampler.versions()["vllm"] == "0.32.0"
 
 
@@ -162,8 +168,34 @@ def test_tokens_come_as_often_as_the_softmax_says(served: tuple[ServerParams, Se
 def test_another_policy_is_not_taken_for_this_one(
     served: tuple[ServerParams, Servers], policy: Path, next_policy: Path
 ) -> None:
-    with pytest.raises(SetupError, match="another policy"):
+    params, servers = served
+    urls = servers.serve(policy)
+    with pytest.raises(SetupError, match="was started for another policy: its name is policy-"):
         sampled(sampler_of(served, next_policy, serve=policy))
+    # As one that papo did not start, which may have any name.
+    there = params.model_copy(update={"base_urls": urls})
+    with pytest.raises(SetupError, match="another policy than the checkpoint: their log-probs differ"):
+        sampled(sampler_of((there, servers), next_policy, serve=policy))
+    with pytest.raises(SetupError, match=f"still serves the policy in {re.escape(str(policy))}: "):
+        sampled(sampler_of((there, servers), next_policy, serve=policy, others=[policy]))
+    assert len(sampled(sampler_of((there, servers), policy, others=[next_policy]))) == len(REQUESTS)
+
+
+def test_in_bfloat16_the_policy_of_the_round_before_is_not_taken_for_this_one(
+    with_vllm: Path, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    after = moved(policy, tmp_path / "after", 0.03)  # by less than the limit of bfloat16
+    started = params_of(with_vllm, dtype="bfloat16")
+    with Servers(started, tmp_path / "logs") as servers:
+        there = started.model_copy(update={"base_urls": servers.serve(policy)})
+        unseen = sampler_of((there, servers), after, serve=policy)  # by the limit alone
+        assert len(sampled(unseen)) == len(REQUESTS)
+        with pytest.raises(SetupError, match=f"still serves the policy in {re.escape(str(policy))}: "):
+            sampled(sampler_of((there, servers), after, serve=policy, others=[policy]))
+        right = sampler_of((there, servers), policy, others=[after])
+        assert len(sampled(right)) == len(REQUESTS)
+        assert right.metrics()["proof_margin"] > 5
 
 
 def test_a_context_that_is_too_short_is_told(served: tuple[ServerParams, Servers], policy: Path) -> None:

@@ -16,12 +16,14 @@ def make_sampler(
     temperature: float,
     top_p: float,
     max_new_tokens: int,
+    others: Sequence[Path] = (),
     urls: Callable[[], Sequence[str]] | None = None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Sampler:
     """The sampler that `rollout.engine` names, serving the policy in the folder `policy`.
 
     Args:
+        others: for vllm-server: folders of policies that a server might still serve; need not be there.
         urls: for vllm-server: called once, when the servers are needed; None: those of the params.
     """
     if params.engine == "vllm-server":
@@ -34,6 +36,7 @@ def make_sampler(
             max_prompt_tokens=params.max_prompt_tokens,
             max_new_tokens=max_new_tokens,
             params=params.server,
+            others=others,
             urls=urls,
             warn=warn,
         )

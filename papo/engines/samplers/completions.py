@@ -12,10 +12,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from papo.errors import DataError, ParamsError, SetupError
 from papo.params import ServerParams
+from papo.store.files import digest
 
 if TYPE_CHECKING:
     import aiohttp
@@ -30,7 +32,15 @@ NEVER = -9999.0
 ROUNDING = 1e-4
 """A log-prob may be above 0 by so much, and is 0 then."""
 
+NAME_FLAG = "served-model-name"
+"""Of `vllm serve`: the name of the model."""
+
 _AGAIN = {408, 425, 429}
+
+
+def served_name(policy: Path) -> str:
+    """The name by which a server that papo starts serves the policy, if the params give it none: no two policies share it."""
+    return f"policy-{digest(policy)[:12]}"
 
 
 class NoAnswerError(Exception):

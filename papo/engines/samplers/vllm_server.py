@@ -22,16 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 from papo.engines.policy import encode_prompt, load_policy
 from papo.engines.protocols import Progress, Sample, SampleRequest
+from papo.engines.samplers.comparison import SURE, Place
 from papo.engines.samplers.completions import (
     IDLE_S,
+    NAME_FLAG,
     Endpoint,
     NoAnswerError,
     Row,
     Sampling,
     key_of,
     read_row,
+    served_name,
 )
-from papo.engines.samplers.proof import LIMITS, Fixed, compute_fixed, prove
+from papo.engines.samplers.proof import LIMITS, Fixed, Proof, compute_fixed, prove, with_others
 from papo.errors import DataError, PapoError, ParamsError, ServerDownError, SetupError
 from papo.params import ServerParams
 from papo.store.files import digest
@@ -64,8 +67,9 @@ class VllmServerSampler:
 
     Args:
         policy: the folder; its digest is what a row will carry.
+        others: folders of policies that a server might still serve, and that it is told from; need not be there.
         urls: called once, when the first row is needed; None: those of the params.
-        warn: told once of each server that is left out, in the thread of the caller.
+        warn: told once of each server that is left out, in the thread of the caller, and once that a proof is none.
     """
 
     name = "vllm-server"
@@ -80,6 +84,7 @@ class VllmServerSampler:
         max_prompt_tokens: int,
         max_new_tokens: int,
         params: ServerParams,
+        others: Sequence[Path] = (),
         urls: Callable[[], Sequence[str]] | None = None,
         warn: Callable[[str], None] = lambda message: None,
     ) -> None:
@@ -89,12 +94,14 @@ class VllmServerSampler:
                 where=f"temperature {temperature:g}",
                 fix=f"set it to 0, or to {LEAST_TEMPERATURE} or above",
             )
-        self._policy, self._params, self._warn = policy, params, warn
+        self._policy, self._params, self._others, self._warn = policy, params, others, warn
         self._temperature, self._top_p = temperature, top_p
         self._max_prompt_tokens, self._max_new_tokens = max_prompt_tokens, max_new_tokens
         self._given_urls = urls if urls is not None else lambda: params.base_urls
-        self.differences: dict[str, float] = {}
-        """By URL: the largest difference of a log-prob in the last proof."""
+        self.proofs: dict[str, Proof] = {}
+        """By URL: the last one."""
+        self.doubted = False
+        """Whether it was warned of a proof that is none."""
 
     def check(self) -> None:
         """
@@ -112,8 +119,12 @@ class VllmServerSampler:
         key_of(self._params)
 
     def metrics(self) -> dict[str, float]:
-        """`proof_difference`: the largest difference of a log-prob in the last proofs of all servers."""
-        return {"proof_difference": max(self.differences.values())} if self.differences else {}
+        """Of the last proofs: `proof_difference`, the largest difference of a log-prob, and `proof_margin`, how many standard errors the
+        log-probs of a server are at least from those of another policy that it might serve, if there is one."""
+        proofs = self.proofs.values()
+        found = {"proof_difference": max(proof.difference for proof in proofs)} if proofs else {}
+        margins = [proof.nearest[1].margin for proof in proofs if proof.nearest is not None]
+        return found | ({"proof_margin": min(margins)} if margins else {})
 
     def versions(self) -> dict[str, str]:
         """Asks the servers for theirs.
@@ -177,8 +188,13 @@ class VllmServerSampler:
             temperature=self._temperature,
             top_p=self._top_p,
             room=min(self._max_prompt_tokens + self._max_new_tokens - 1, (positions or 4096) - 1),
+            dtype=self._params.dtype,
         )
         return _Known(tokenizer, fixed, positions, int(config.vocab_size))
+
+    @cached_property
+    def _fixed(self) -> list[Fixed]:
+        return with_others(self._known.fixed, self._policy, self._others, self._params.dtype, self._warn)
 
     @cached_property
     def _sampling(self) -> Sampling:
@@ -285,7 +301,7 @@ class _Asking:
         self, sampler: VllmServerSampler, requests: Sequence[SampleRequest], prompts: Sequence[list[int]]
     ) -> None:
         self._sampler, self._requests, self._prompts = sampler, requests, prompts
-        self._params, self._sampling, self._fixed = sampler._params, sampler._sampling, sampler._known.fixed
+        self._params, self._sampling, self._fixed = sampler._params, sampler._sampling, sampler._fixed
         self._urls = sampler._urls
         self.out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._todo = deque(range(len(requests)))
@@ -416,6 +432,7 @@ class _Asking:
         try:
             async with asyncio.timeout(PROOF_S):
                 await server.look(self._params.model)
+                self._check_name(server)
                 longest = max(self._prompts, key=len)
                 need = len(longest) + self._sampling.max_new_tokens
                 if server.max_model_len is not None and need > server.max_model_len:
@@ -429,9 +446,47 @@ class _Asking:
                 room = (server.max_model_len or need) - 1
                 fixed = [one for one in self._fixed if len(one.ids) <= room]
                 found = await prove(server, fixed, self._sampling, limit, self._sampler._policy)
-                self._sampler.differences[server.url] = found
         except TimeoutError:
             raise NoAnswerError(f"no proof within {PROOF_S:g} s") from None
+        self._sampler.proofs[server.url] = found
+        if found.nearest is not None and not found.nearest[1].is_told:
+            self._doubt(server, *found.nearest)
+
+    def _check_name(self, server: Endpoint) -> None:
+        """
+        Raises:
+            SetupError: it should have been started by papo for this policy, and was not.
+        """
+        p, wanted = self._params, served_name(self._sampler._policy)
+        given = p.base_urls or p.model is not None or any(key.replace("_", "-") == NAME_FLAG for key in p.options)
+        if not given and server.model != wanted:
+            raise SetupError(
+                f"the server was started for another policy: its name is {server.model}, not {wanted}",
+                where=f"{server.url}, {self._sampler._policy}",
+                fix="start the stage again",
+            )
+
+    def _doubt(self, server: Endpoint, other: Path, place: Place) -> None:
+        """For a server whose log-probs could be those of another policy, too: its name may say which one it was started with.
+
+        Raises:
+            SetupError: it is that other one, and none was loaded since.
+        """
+        if server.model == served_name(self._sampler._policy):
+            return
+        if server.model == served_name(other) and self._params.reload is None:
+            raise SetupError(
+                f"the server still serves the policy in {other}: its name is {server.model}",
+                where=f"{server.url}, {self._sampler._policy}",
+                fix="start it anew with the checkpoint, or set reload",
+            )
+        if not self._sampler.doubted:
+            self._sampler.doubted = True
+            self.out.put(
+                f"{server.url} could still serve the policy in {other}, for all that its log-probs say: in {self._params.dtype} they are "
+                f"{place.margin:.1f} standard errors from those of that one, which tells nothing below {SURE:g}. What is sampled from "
+                "either differs by less than rounding; that the server was handed the policy is not proven"
+            )
 
 
 @asynccontextmanager
