@@ -8,7 +8,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -138,11 +138,12 @@ def _rollout(params: Params, workspace: Workspace, context: Context, round_: int
     policy = workspace.policy(round_ - 1)
     inputs = rollout.Inputs(round=round_, seed=params.run.seed, problems=workspace.train_problems, policy=policy)
     out = workspace.table(round_, "rollouts")
-    with _servers(params, workspace, context) as servers:
+    with _servers(params, workspace, context) as servers, ExitStack() as opened:
         sampler = make_sampler(
             p, policy, temperature=p.temperature, top_p=p.top_p, max_new_tokens=p.max_new_tokens,
-            urls=lambda: servers.serve(policy), warn=context.warn,
+            logs=workspace.work / "engines", urls=lambda: servers.serve(policy), warn=context.warn,
         )  # fmt: skip
+        opened.callback(sampler.close)
         engine = rollout.Engine(sampler, PolicyRecomputer(policy, temperature=p.temperature, device=_beside(params)))
         return rollout.run(p, _there(inputs, workspace), out, engine=engine, context=context)
 
@@ -422,13 +423,16 @@ def _evaluation_engine(params: Params, workspace: Workspace, context: Context) -
     from papo.engines.verifiers import make_verifier
 
     p = params.evaluate
-    with _servers(params, workspace, context) as servers:
+    with _servers(params, workspace, context) as servers, ExitStack() as opened:
 
         def sampler(policy: Path) -> Sampler:
-            return make_sampler(
+            opened.close()  # the engines of the policy before
+            made = make_sampler(
                 params.rollout, policy, temperature=p.temperature, top_p=p.top_p, max_new_tokens=p.max_new_tokens,
-                urls=lambda: servers.serve(policy), warn=context.warn,
+                logs=workspace.work / "engines", urls=lambda: servers.serve(policy), warn=context.warn,
             )  # fmt: skip
+            opened.callback(made.close)
+            return made
 
         yield evaluate.Engine(sampler=sampler, verifier=make_verifier(params.score_orm))
 

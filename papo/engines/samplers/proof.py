@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from papo.engines.policy import encode_prompt
-from papo.engines.samplers.completions import NEVER, Endpoint, Sampling, only_choice
+from papo.engines.samplers.completions import Endpoint, Sampling, only_choice
+from papo.engines.samplers.rows import NEVER
 from papo.errors import DataError, SetupError
 
 if TYPE_CHECKING:
