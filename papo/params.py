@@ -361,6 +361,9 @@ class VllmParams(_Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     start_s: float = Field(900.0, gt=0.0, le=86_400.0, description="For an engine to load the policy.")
+    stall_s: float = Field(
+        600.0, gt=0.0, le=86_400.0, description="Without a finished row, after which an engine is taken for dead."
+    )
 
 
 class RolloutParams(_Section):

@@ -8,7 +8,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -170,16 +170,17 @@ def _rollout(params: Params, workspace: Workspace, context: Context, round_: int
     out = workspace.table(round_, "rollouts")
     # What a server serves that was never handed this policy.
     others = (workspace.policy(round_ - 2), workspace.warmstart) if round_ else ()
-    with _servers(params, workspace, context) as servers:
+    with _servers(params, workspace, context) as servers, ExitStack() as opened:
         sampler = make_sampler(
             p, policy, temperature=p.temperature, top_p=p.top_p, max_new_tokens=p.max_new_tokens,
-            others=others, urls=lambda: servers.serve(policy), warn=context.warn,
+            logs=workspace.work / "engines", others=others, urls=lambda: servers.serve(policy), warn=context.warn,
         )  # fmt: skip
+        opened.callback(servers.close)
+        opened.callback(sampler.close)
+        recomputer = PolicyRecomputer(policy, temperature=p.temperature)
         return rollout.run(
             p, _there(inputs, workspace), out,
-            engine=rollout.Engine(
-                sampler, PolicyRecomputer(policy, temperature=p.temperature), scorer, release=servers.close
-            ),
+            engine=rollout.Engine(sampler, recomputer, scorer, release=opened.close),
             finished=ahead.add if ahead is not None else lambda rows: None,
             context=context,
         )  # fmt: skip
@@ -469,13 +470,16 @@ def _evaluation_engine(
 
     p = params.evaluate
     others = (*inputs.policies.values(), workspace.policy(params.run.rounds - 2))
-    with _servers(params, workspace, context) as servers:
+    with _servers(params, workspace, context) as servers, ExitStack() as opened:
 
         def sampler(policy: Path) -> Sampler:
-            return make_sampler(
+            opened.close()  # the engines of the policy before
+            made = make_sampler(
                 params.rollout, policy, temperature=p.temperature, top_p=p.top_p, max_new_tokens=p.max_new_tokens,
-                others=others, urls=lambda: servers.serve(policy), warn=context.warn,
+                logs=workspace.work / "engines", others=others, urls=lambda: servers.serve(policy), warn=context.warn,
             )  # fmt: skip
+            opened.callback(made.close)
+            return made
 
         yield evaluate.Engine(sampler=sampler, verifier=make_verifier(params.score_orm))
 

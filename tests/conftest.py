@@ -91,6 +91,8 @@ class FakeSampler:
 
     def check(self) -> None: ...
 
+    def close(self) -> None: ...
+
     def fits(self, prompt: str) -> str | None:
         return "it has a blank" if " " in prompt else None
 

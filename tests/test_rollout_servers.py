@@ -136,11 +136,11 @@ def test_nothing_is_kept_where_an_evaluation_asks_for_another_policy_than_the_se
     ("plan", "change", "code", "message", "fix"),
     [
         ({}, {"model": "other"}, 2, "the server has no model other: it has policy", "name one of them as model"),
-        ({"context": 20}, {}, 2, "do not fit into the context of 20 tokens", "start the server with --max-model-len"),
+        ({"context": 12}, {}, 2, "do not fit into the context of 12 tokens", "start the server with --max-model-len"),
         ({"fault": "fewer"}, {}, 2, "fewer than the 8 that it was asked for", "see whether the server serves"),
         ({"fault": "nan"}, {}, 2, "the log-prob nan, which no token that was sampled can have", "and its log"),
         ({"fault": "401"}, {}, 2, "the server refuses the key: HTTP 401", "export its key as VLLM_API_KEY"),
-        ({"fault": "500"}, {}, 1, "no server is left: HTTP 500", "shards that are stored stay"),
+        ({"fault": "500", "proofs": True}, {}, 1, "no server is left: HTTP 500", "shards that are stored stay"),
         ({"mode": "raw_logprobs"}, {}, 2, "", "start it with --logprobs-mode processed_logprobs"),
     ],
 )
@@ -176,7 +176,7 @@ def test_prompts_above_the_limit_are_left_out_and_counted(
 ) -> None:
     put(here.warmstart)
     rows = read_rows(here.train_problems, PROBLEMS)
-    limit = sorted(len(row["prompt"]) for row in rows)[len(rows) // 2]  # a token a character
+    limit = min(len(row["prompt"]) for row in rows)  # a token a character
     long = {row["problem_id"] for row in rows if len(row["prompt"]) > limit}
     asked = command("rollout", "--round", "0", "--set", f"rollout.max_prompt_tokens={limit}", server=start())
     assert main(asked) == 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from papo.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 LIBRARIES = {
@@ -39,6 +39,40 @@ def load_policy(
     """
     import torch
 
+    _check_files(policy)
+    model, tokenizer = load_checkpoint(
+        str(policy), dtype=dtype, where=str(policy), fix="save it anew with save_pretrained", local_files_only=True
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+
+
+def load_settings(policy: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Config and tokenizer of the folder `policy`, whose weights are not read.
+
+    Raises:
+        CheckpointError: as `load_policy`, of what can be seen without the weights.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    _check_files(policy)
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(str(policy), **source)
+        tokenizer = AutoTokenizer.from_pretrained(str(policy), **source)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"config or tokenizer cannot be loaded: {_first_line(error)}",
+            where=str(policy),
+            fix="save them anew with save_pretrained",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError("the tokenizer names no end-of-text token", where=str(policy), fix="set eos_token in it")
+    return config, tokenizer
+
+
+def _check_files(policy: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         if not (policy / name).is_file():
             raise CheckpointError(
@@ -48,12 +82,6 @@ def load_policy(
         raise CheckpointError(
             "not a policy: there are no *.safetensors", where=str(policy), fix="save the model with save_pretrained"
         )
-    model, tokenizer = load_checkpoint(
-        str(policy), dtype=dtype, where=str(policy), fix="save it anew with save_pretrained", local_files_only=True
-    )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
 def load_checkpoint(

@@ -67,6 +67,10 @@ class Sampler(Protocol):
         """Library name -> version, for the manifest."""
         ...
 
+    def close(self) -> None:
+        """Ends what it started; the memory that this held is free then."""
+        ...
+
 
 class Recomputer(Protocol):
     """Computes the log-probs of completions by the model that training goes on from."""

@@ -13,19 +13,17 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from http.client import HTTPException
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from papo.engines import watchdog
 from papo.engines.samplers.completions import NAME_FLAG, key_of, served_name
+from papo.engines.watched import Watched
 from papo.errors import CheckpointError, ServerDownError, SetupError
 from papo.params import ServerParams
 from papo.store.files import digest
@@ -61,7 +59,7 @@ class Server:
         self.policy, self.log = policy, log
         self._params, self._device = params, device
         self._host, self._port = host, free_port() if port is None else port
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Watched | None = None
 
     @property
     def name(self) -> str:
@@ -85,21 +83,7 @@ class Server:
                 "not a policy: config.json is missing", where=str(self.policy), fix="name a folder in Hugging Face form"
             )
         command = self.command()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        # Its folder is on no import path, and what it leaves there is in nobody's way.
-        with self.log.open("wb") as stream:
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, str(Path(watchdog.__file__)), str(GENTLY_S), *command],
-                    cwd=self.log.parent,
-                    env=self._environment(),
-                    stdin=subprocess.PIPE,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C is for whoever started it, who then ends it
-                )
-            except OSError as error:
-                raise SetupError(f"no process can be started: {error}", where=command[0], fix="free memory") from error
+        self._process = Watched(command, self.log, gently_s=GENTLY_S, device=self._device, environment=self._key())
 
     def command(self) -> list[str]:
         """What is run.
@@ -138,49 +122,41 @@ class Server:
         assert self._process is not None
         until = time.monotonic() + self._params.start_s
         while not answers(self.url):
-            if self._process.poll() is not None:
+            if self._process.status is not None:
                 raise SetupError(
-                    f"the server ended with {self._process.returncode} as it started:\n{self._tail()}",
+                    f"the server ended with {self._process.status} as it started:\n{self._process.tail()}",
                     where=str(self.log),
                     fix="correct what it says there",
                 )
             if time.monotonic() > until:
+                said = self._process.tail()
                 self.close()
                 raise ServerDownError(
-                    f"the server does not answer within {self._params.start_s:g} s:\n{self._tail()}",
+                    f"the server does not answer within {self._params.start_s:g} s:\n{said}",
                     where=str(self.log),
                     fix="raise start_s, or correct what it says there",
                 )
             time.sleep(0.2)
 
     def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.status is None
 
     def join(self) -> int:
         """Its exit status, once it ends by itself."""
         assert self._process is not None
-        return self._process.wait()
+        status = self._process.wait()
+        assert status is not None
+        return status
 
     def close(self) -> None:
         """Ends all of its processes."""
         if self._process is not None:
-            self._process.terminate()  # standard input is for the case that nobody is left to do that
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(GENTLY_S + watchdog.KILLED_S + 10.0)
-            if self._process.stdin is not None:
-                self._process.stdin.close()
+            self._process.close()
             self._process = None
 
-    def _environment(self) -> dict[str, str]:
-        # PYTHONPATH would have it import from folders of this project.
-        given = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        given |= {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-        if key := os.environ.get(self._params.api_key_env, "").strip():
-            given["VLLM_API_KEY"] = key
-        return given | ({} if self._device is None else {"CUDA_VISIBLE_DEVICES": self._device})
-
-    def _tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-_TAIL:])
+    def _key(self) -> dict[str, str]:
+        key = os.environ.get(self._params.api_key_env, "").strip()
+        return {"VLLM_API_KEY": key} if key else {}
 
 
 class Servers:

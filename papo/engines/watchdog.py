@@ -32,7 +32,8 @@ def watch(command: Sequence[str], gently_s: float) -> int:
     if sys.platform == "linux":
         # Who loses its parent becomes a child of this process, not of the first one: nobody gets away, and nobody stays as a zombie.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    # close_fds: descriptors that were passed to this process are meant for the command.
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, close_fds=False, start_new_session=True)
     try:
         while server.poll() is None and not told.is_set() and not select.select([sys.stdin], [], [], 0.2)[0]:
             pass

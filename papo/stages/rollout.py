@@ -100,7 +100,7 @@ def run(
     reasons = Counter(str(reason) for reason in table["finish_reason"].to_pylist())
     dropped = Counter(f"dropped_{row['status']}" for row in tried if row["status"] != "kept")
     metrics = _metrics(table, tried) | engine.sampler.metrics() | {"repeatable": float(engine.sampler.repeatable)}
-    return task.finish(rows=len(table), counts=reasons + dropped, metrics=metrics, versions=engine.sampler.versions())
+    return task.finish(rows=len(table), counts=reasons + dropped, metrics=metrics, versions=_versions(table))
 
 
 def choose(problems: list[dict[str, Any]], round_: int, count: int, seed: int) -> list[dict[str, Any]]:
@@ -297,6 +297,16 @@ def _compared(table: pa.Table, rows: int, recomputer: Recomputer, policy: Path) 
             table.column_names.index(name), ROLLOUTS.schema.field(name), pa.array(found, pa.float32())
         )
     return table
+
+
+def _versions(table: pa.Table) -> dict[str, str]:
+    """Library -> version, as the rows have it; several where a stage was finished by another one than it was begun by."""
+    found: dict[str, set[str]] = {}
+    for text in set(table["engine_version"].to_pylist()):
+        for part in str(text).split(", "):
+            name, _, number = part.partition(" ")
+            found.setdefault(name, set()).add(number)
+    return {name: " and ".join(sorted(numbers)) for name, numbers in found.items()}
 
 
 def _metrics(table: pa.Table, tried: Rows) -> dict[str, float]:

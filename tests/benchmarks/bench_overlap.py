@@ -86,7 +86,9 @@ def one_round(given: argparse.Namespace, sampling: ChatProcess, judge: ChatProce
         prm = ScorePrmParams.model_validate(judging(judge, model={"concurrency": given.concurrency}))
         asker = make_judge(prm, Purpose(store_of(workspace), "run", 0, "prm"))
         verifier = SlowVerifier(given.latency / given.concurrency)
-        sampler = make_sampler(params, policy, temperature=1.0, top_p=1.0, max_new_tokens=params.max_new_tokens)
+        sampler = make_sampler(
+            params, policy, temperature=1.0, top_p=1.0, max_new_tokens=params.max_new_tokens, logs=workspace.work
+        )
         engine = rollout.Engine(sampler, PolicyRecomputer(policy, temperature=1.0))
         engine.sampler.fits(prompts[0])  # loads the policy
         ahead = Ahead(workspace.train_problems, AdvantageParams(variant="prm"), verifier, asker) if overlap else None

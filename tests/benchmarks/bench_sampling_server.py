@@ -151,7 +151,7 @@ def compare(policy: Path, params: ServerParams, given: argparse.Namespace) -> No
         policy, temperature=1.0, top_p=1.0, max_prompt_tokens=64, max_new_tokens=given.new, params=params
     )
     url, width = params.base_urls[0], params.concurrency
-    prompts = sampler._encode(requests)  # as the bare client has them, too
+    prompts = sampler._known.prompts.encode(requests)  # as the bare client has them, too
     sampler.versions()
     model = params.model or "policy"
     bodies = [sampler._sampling.body(model, prompt, one.seed) for prompt, one in zip(prompts, requests, strict=True)]

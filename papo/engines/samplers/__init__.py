@@ -16,14 +16,16 @@ def make_sampler(
     temperature: float,
     top_p: float,
     max_new_tokens: int,
+    logs: Path,
     others: Sequence[Path] = (),
     urls: Callable[[], Sequence[str]] | None = None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Sampler:
-    """The sampler that `rollout.engine` names, serving the policy in the folder `policy`.
+    """The sampler that `rollout.engine` names, serving the policy in the folder `policy`; to be closed when it is done with.
 
     Args:
         others: for vllm-server: folders of policies that a server might still serve; need not be there.
+        logs: folder for what the processes of vllm say.
         urls: for vllm-server: called once, when the servers are needed; None: those of the params.
     """
     if params.engine == "vllm-server":
@@ -38,6 +40,19 @@ def make_sampler(
             params=params.server,
             others=others,
             urls=urls,
+            warn=warn,
+        )
+    if params.engine == "vllm":
+        from papo.engines.samplers.vllm import VllmSampler
+
+        return VllmSampler(
+            policy,
+            temperature=temperature,
+            top_p=top_p,
+            max_prompt_tokens=params.max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            params=params.vllm,
+            logs=logs,
             warn=warn,
         )
     from papo.engines.samplers.transformers import TransformersSampler

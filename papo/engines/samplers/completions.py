@@ -8,13 +8,13 @@ checkpoint's generation_config.json or a server's own settings could change of t
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from papo.engines.samplers.rows import Limits, Row, are_ids, check_row, fold_seed, row_error
 from papo.errors import DataError, ParamsError, SetupError
 from papo.params import ServerParams
 from papo.store.files import digest
@@ -25,12 +25,6 @@ if TYPE_CHECKING:
 CONNECT_S = 10.0
 IDLE_S = 2.0
 """How long a connection is kept without use; the server ends one after five seconds, maybe just as it is taken again."""
-
-NEVER = -9999.0
-"""What vLLM says for the log of 0."""
-
-ROUNDING = 1e-4
-"""A log-prob may be above 0 by so much, and is 0 then."""
 
 NAME_FLAG = "served-model-name"
 """Of `vllm serve`: the name of the model."""
@@ -48,14 +42,11 @@ class NoAnswerError(Exception):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Limits):
     """What all rows of a round share. `salt`: keeps what a server remembers of an earlier policy from being used for this one."""
 
     temperature: float
     top_p: float
-    max_new_tokens: int
-    eos: int
-    vocabulary: int
     salt: str
 
     def body(self, model: str, prompt: Sequence[int], seed: int) -> dict[str, Any]:
@@ -80,20 +71,6 @@ class Sampling:
             "return_tokens_as_token_ids": True,
             "cache_salt": self.salt,
         }
-
-
-def fold_seed(seed: int) -> int:
-    """The seed of a row, of 64 bits, as vLLM takes it: from 0 to 2**63 - 1."""
-    return seed & (2**63 - 1)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A completion as a server gave it, checked."""
-
-    ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
 
 
 class Endpoint:
@@ -240,26 +217,11 @@ def read_row(reply: Any, prompt: Sequence[int], sampling: Sampling, where: str) 
     ids, given = choice.get("token_ids"), choice.get("prompt_token_ids")
     if ids is None or given is None:
         raise _wrong("no token ids", where, "ask a server of vLLM 0.10.2 or later")
-    if not _are_ids(given, None) or list(given) != list(prompt):
+    if not are_ids(given, None) or list(given) != list(prompt):
         raise _wrong("a completion of another prompt than was sent", where)
-    if not _are_ids(ids, sampling.vocabulary):
-        raise _wrong(f"tokens that are none of the {sampling.vocabulary} of the policy", where)
     noted = choice.get("logprobs")
     values = noted.get("token_logprobs") if isinstance(noted, Mapping) else None
-    if not isinstance(values, list) or len(values) != len(ids):
-        count = len(values) if isinstance(values, list) else 0
-        raise _wrong(f"{count} log-probs for {len(ids)} tokens", where)
-    reason, most = choice.get("finish_reason"), sampling.max_new_tokens
-    if reason not in ("stop", "length"):
-        raise _wrong(f"the finish reason {reason!r}, which is neither stop nor length", where)
-    if len(ids) > most:
-        raise _wrong(f"{len(ids)} tokens, more than the {most} that it was asked for", where)
-    ended = bool(ids) and ids[-1] == sampling.eos
-    if reason == "length" and len(ids) < most:
-        raise _wrong(f"{len(ids)} tokens, fewer than the {most} that it was asked for, and no end of text", where)
-    if sampling.eos in ids[:-1] or ended != (reason == "stop"):
-        raise _wrong(f"a completion that does not end as its finish reason {reason} says", where)
-    return Row(list(ids), [_logprob(value, where) for value in values], str(reason))
+    return check_row(ids, values, choice.get("finish_reason"), sampling, where, "server")
 
 
 def only_choice(reply: Any, where: str) -> Mapping[str, Any]:
@@ -273,21 +235,8 @@ def only_choice(reply: Any, where: str) -> Mapping[str, Any]:
     return choices[0]
 
 
-def _logprob(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not NEVER < value <= ROUNDING:
-        raise _wrong(f"the log-prob {value}, which no token that was sampled can have", where)
-    return min(float(value), 0.0)
-
-
-def _are_ids(values: Any, vocabulary: int | None) -> bool:
-    most = math.inf if vocabulary is None else vocabulary
-    return isinstance(values, list) and all(
-        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < most for value in values
-    )
-
-
-def _wrong(what: str, where: str, fix: str = "see whether the server serves this policy, and its log") -> DataError:
-    return DataError(f"the server gave {what}", where=where, fix=fix)
+def _wrong(what: str, where: str, fix: str = "") -> DataError:
+    return row_error(what, where, "server", fix)
 
 
 def _message(content: bytes) -> str:

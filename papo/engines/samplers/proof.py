@@ -22,7 +22,8 @@ import numpy as np
 
 from papo.engines.policy import encode_prompt, load_policy
 from papo.engines.samplers.comparison import Place, place
-from papo.engines.samplers.completions import NEVER, Endpoint, Sampling, only_choice
+from papo.engines.samplers.completions import Endpoint, Sampling, only_choice
+from papo.engines.samplers.rows import NEVER
 from papo.errors import CheckpointError, DataError, SetupError
 from papo.store.files import digest
 

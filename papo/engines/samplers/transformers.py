@@ -86,6 +86,9 @@ class TransformersSampler:
             "batch_halvings": float(self._halvings),
         }
 
+    def close(self) -> None:
+        """Its model goes with it."""
+
     def fits(self, prompt: str) -> str | None:
         """Why `sample` would refuse the prompt; None if it would not."""
         unfit = self._unfit(encode_prompt(self._tokenizer, prompt))

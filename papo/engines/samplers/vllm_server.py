@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from papo.engines.policy import encode_prompt, load_policy
+from papo.engines.policy import load_policy
 from papo.engines.protocols import Progress, Sample, SampleRequest
 from papo.engines.samplers.comparison import SURE, Place
 from papo.engines.samplers.completions import (
@@ -28,22 +28,16 @@ from papo.engines.samplers.completions import (
     NAME_FLAG,
     Endpoint,
     NoAnswerError,
-    Row,
     Sampling,
     key_of,
     read_row,
     served_name,
 )
 from papo.engines.samplers.proof import LIMITS, Fixed, Proof, compute_fixed, prove, with_others
-from papo.errors import DataError, PapoError, ParamsError, ServerDownError, SetupError
+from papo.engines.samplers.rows import Prompts, Row, by_shard, check_temperature
+from papo.errors import PapoError, ParamsError, ServerDownError, SetupError
 from papo.params import ServerParams
 from papo.store.files import digest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-LEAST_TEMPERATURE = 0.01
-"""vLLM takes a lower one, but 0, for this."""
 
 FIRST_WAIT_S = 0.5
 """Before a server that failed is tried again; twice as long each further time."""
@@ -56,9 +50,8 @@ PROOF_S = 120.0
 class _Known:
     """What the folder of the policy says."""
 
-    tokenizer: PreTrainedTokenizerBase
+    prompts: Prompts
     fixed: list[Fixed]
-    positions: int | None
     vocabulary: int
 
 
@@ -88,12 +81,7 @@ class VllmServerSampler:
         urls: Callable[[], Sequence[str]] | None = None,
         warn: Callable[[str], None] = lambda message: None,
     ) -> None:
-        if 0.0 < temperature < LEAST_TEMPERATURE:
-            raise ParamsError(
-                f"vLLM samples at no temperature between 0 and {LEAST_TEMPERATURE}",
-                where=f"temperature {temperature:g}",
-                fix=f"set it to 0, or to {LEAST_TEMPERATURE} or above",
-            )
+        check_temperature(temperature)
         self._policy, self._params, self._others, self._warn = policy, params, others, warn
         self._temperature, self._top_p = temperature, top_p
         self._max_prompt_tokens, self._max_new_tokens = max_prompt_tokens, max_new_tokens
@@ -136,7 +124,7 @@ class VllmServerSampler:
 
     def fits(self, prompt: str) -> str | None:
         """Why a prompt cannot be sampled; None if it can."""
-        return self._misfit(encode_prompt(self._known.tokenizer, prompt))
+        return self._known.prompts.fits(prompt)
 
     def sample(self, requests: Sequence[SampleRequest], progress: Progress) -> list[Sample]:
         """One sample a request, in order.
@@ -157,22 +145,10 @@ class VllmServerSampler:
             PapoError: as `sample`; shards that were yielded before are good.
         """
         requests = [request for shard in shards for request in shard]
-        of_shard = [number for number, shard in enumerate(shards) for _ in shard]
-        starts = [of_shard.index(number) if shard else 0 for number, shard in enumerate(shards)]
-        left = [len(shard) for shard in shards]
-        found: dict[int, Sample] = {}
-        for number, shard in enumerate(shards):
-            if not shard:
-                yield number, []
-        prompts = self._encode(requests)
-        for row, sample in self._stream(requests, prompts):
-            found[row] = sample
-            progress(1)
-            number = of_shard[row]
-            left[number] -= 1
-            if not left[number]:
-                first = starts[number]
-                yield number, [found.pop(first + index) for index in range(len(shards[number]))]
+        return by_shard(shards, self._stream(requests), progress)
+
+    def close(self) -> None:
+        """The servers are somebody else's."""
 
     # ---- what is known of the policy ----
 
@@ -190,7 +166,8 @@ class VllmServerSampler:
             room=min(self._max_prompt_tokens + self._max_new_tokens - 1, (positions or 4096) - 1),
             dtype=self._params.dtype,
         )
-        return _Known(tokenizer, fixed, positions, int(config.vocab_size))
+        prompts = Prompts(tokenizer, positions, self._max_prompt_tokens, self._max_new_tokens)
+        return _Known(prompts, fixed, int(config.vocab_size))
 
     @cached_property
     def _fixed(self) -> list[Fixed]:
@@ -200,35 +177,13 @@ class VllmServerSampler:
     def _sampling(self) -> Sampling:
         known = self._known
         return Sampling(
+            self._max_new_tokens,
+            int(known.prompts.tokenizer.eos_token_id),
+            known.vocabulary,
             self._temperature,
             self._top_p,
-            self._max_new_tokens,
-            int(known.tokenizer.eos_token_id),
-            known.vocabulary,
             digest(self._policy),
         )
-
-    def _encode(self, requests: Sequence[SampleRequest]) -> list[list[int]]:
-        ids = {prompt: encode_prompt(self._known.tokenizer, prompt) for prompt in {one.prompt for one in requests}}
-        for request in requests:
-            if (why := self._misfit(ids[request.prompt])) is not None:
-                raise DataError(
-                    why,
-                    where=f"prompt {request.prompt[:60]!r}",
-                    fix="raise rollout.max_prompt_tokens, lower max_new_tokens, or drop the problem in prepare",
-                )
-        return [ids[request.prompt] for request in requests]
-
-    def _misfit(self, ids: Sequence[int]) -> str | None:
-        positions = self._known.positions
-        if not 0 < len(ids) <= self._max_prompt_tokens:
-            return f"a prompt has {len(ids)} tokens, allowed are 1 to {self._max_prompt_tokens}"
-        if positions is not None and len(ids) + self._max_new_tokens > positions:
-            return (
-                f"a prompt of {len(ids)} tokens and {self._max_new_tokens} new ones do not fit into the {positions} "
-                "positions of the policy"
-            )
-        return None
 
     # ---- the servers ----
 
@@ -254,17 +209,18 @@ class VllmServerSampler:
         versions = sorted({one for one in found if isinstance(one, str)})
         if not versions:
             raise _down({url: str(cause) for url, cause in zip(self._urls, found, strict=True)})
-        return ", ".join(versions)
+        return " and ".join(versions)
 
     def _server(self, url: str, session: Any) -> Endpoint:
         p = self._params
         return Endpoint(url, session, key=key_of(p), key_name=p.api_key_env, timeout_s=p.timeout_s)
 
-    def _stream(self, requests: Sequence[SampleRequest], prompts: Sequence[list[int]]) -> Iterator[tuple[int, Sample]]:
+    def _stream(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, Sample]]:
         """(row, sample) as they come. The servers are asked in a thread of its own, which goes on while the caller stores a shard."""
         if not requests:
             return
         self.check()
+        prompts = self._known.prompts.encode(requests)
         asking = _Asking(self, requests, prompts)
         asking.start()
         try:
@@ -277,14 +233,9 @@ class VllmServerSampler:
                     case BaseException() as error:
                         raise error
                     case number, row:
-                        yield number, self._sample(prompts[number], row)
+                        yield number, self._known.prompts.sample(prompts[number], row)
         finally:
             asking.end()
-
-    def _sample(self, prompt: list[int], row: Row) -> Sample:
-        text = row.ids[:-1] if row.finish_reason == "stop" else row.ids
-        completion = self._known.tokenizer.decode(text, skip_special_tokens=False)
-        return Sample(prompt, row.ids, completion, row.logprobs, row.finish_reason)
 
 
 class _Line:
