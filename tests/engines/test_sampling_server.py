@@ -327,7 +327,8 @@ def test_the_right_policy_is_accepted_and_how_near_it_is_is_known(
     sampled(sampler)
     assert list(sampler.proofs) == [server.url]
     assert 0 < sampler.metrics()["proof_difference"] < 2e-5
-    assert list(sampler.metrics()) == ["proof_difference"]
+    assert list(sampler.metrics()) == ["hand_over_s", "proof_difference"]
+    assert sampler.metrics()["hand_over_s"] > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -475,7 +476,8 @@ def test_others_that_are_not_there_or_are_the_policy_itself_are_left_out(
     warned: list[str] = []
     sampler = sampler_of(policy, start(), others=[policy, same, tmp_path / "none"], warn=warned.append)
     assert len(sampled(sampler)) == len(REQUESTS)
-    assert list(sampler.metrics()) == ["proof_difference"]
+    assert list(sampler.metrics()) == ["hand_over_s", "proof_difference"]
+    assert sampler.metrics()["hand_over_s"] > 0
     assert warned == []
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,7 @@ class VllmServerSampler:
         self._max_prompt_tokens, self._max_new_tokens = max_prompt_tokens, max_new_tokens
         self._given_urls = urls if urls is not None else lambda: params.base_urls
         self.proofs: dict[str, Proof] = {}
+        self.hand_over_s = 0.0
         """By URL: the last one."""
         self.doubted = False
         """Whether it was warned of a proof that is none."""
@@ -107,10 +109,16 @@ class VllmServerSampler:
         key_of(self._params)
 
     def metrics(self) -> dict[str, float]:
-        """Of the last proofs: `proof_difference`, the largest difference of a log-prob, and `proof_margin`, how many standard errors the
-        log-probs of a server are at least from those of another policy that it might serve, if there is one."""
+        """`hand_over_s`: until servers had the policy and had proven it, none of them sampling. Of the last proofs: `proof_difference`, the
+        largest difference of a log-prob, and `proof_margin`, how many standard errors the log-probs of a server are at least from those
+        of another policy that it might serve, if there is one."""
         proofs = self.proofs.values()
-        found = {"proof_difference": max(proof.difference for proof in proofs)} if proofs else {}
+        if not proofs:
+            return {}
+        found = {
+            "hand_over_s": self.hand_over_s,
+            "proof_difference": max(proof.difference for proof in proofs),
+        }
         margins = [proof.nearest[1].margin for proof in proofs if proof.nearest is not None]
         return found | ({"proof_margin": min(margins)} if margins else {})
 
@@ -189,7 +197,9 @@ class VllmServerSampler:
 
     @cached_property
     def _urls(self) -> list[str]:
+        began = time.monotonic()
         urls = list(self._given_urls())
+        self.hand_over_s += time.monotonic() - began
         if not urls:
             raise SetupError(
                 "there is no server to sample from", where="base_urls", fix="name servers, or have papo start them"
@@ -287,9 +297,11 @@ class _Asking:
     async def _main(self) -> None:
         async with _session() as session, asyncio.TaskGroup() as self._group:
             self._lines = [_Line(self._sampler._server(url, session)) for url in self._urls]
+            began = time.monotonic()
             # No row is asked for before every server has proven itself, or was left out.
             for starting in [self._group.create_task(self._take_in(line)) for line in self._lines]:
                 await starting
+            self._sampler.hand_over_s += time.monotonic() - began
             width = min(len(self._todo), len(self._lines) * self._params.concurrency)
             for worker in [self._group.create_task(self._work()) for _ in range(width)]:
                 await worker
