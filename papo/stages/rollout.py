@@ -94,7 +94,7 @@ def run(
     reasons = Counter(str(reason) for reason in table["finish_reason"].to_pylist())
     dropped = Counter(f"dropped_{row['status']}" for row in tried if row["status"] != "kept")
     metrics = _metrics(table, tried) | engine.sampler.metrics() | {"repeatable": float(engine.sampler.repeatable)}
-    return task.finish(rows=len(table), counts=reasons + dropped, metrics=metrics, versions=engine.sampler.versions())
+    return task.finish(rows=len(table), counts=reasons + dropped, metrics=metrics, versions=_versions(table))
 
 
 def choose(problems: list[dict[str, Any]], round_: int, count: int, seed: int) -> list[dict[str, Any]]:
@@ -291,6 +291,16 @@ def _with_advantage(sampling: _Sampling, wanted: int, scorer: Scorer) -> list[in
         sampling.score(places, scorer)
         kept += [place for place in places if sampling.has_advantage(place)]
     return kept[:wanted] or sorted(sampling.groups)[:1]
+
+
+def _versions(table: pa.Table) -> dict[str, str]:
+    """By the rows: a stage that finds all of them stored needs no server, and one that was restarted may have met another version."""
+    found: dict[str, set[str]] = {}
+    for said in sorted(set(map(str, table["engine_version"].to_pylist()))):
+        for part in said.split(", "):
+            name, _, numbers = part.partition(" ")
+            found.setdefault(name, set()).update(numbers.split(" and "))
+    return {name: " and ".join(sorted(numbers)) for name, numbers in found.items()}
 
 
 def _metrics(table: pa.Table, tried: Rows) -> dict[str, float]:

@@ -48,6 +48,9 @@ FIRST_WAIT_S = 0.5
 PROOF_S = 120.0
 """For a server to prove what it serves."""
 
+LAST_WORD_S = 5.0
+"""For a server that failed to answer once all rows are there."""
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -65,7 +68,7 @@ class VllmServerSampler:
     Args:
         policy: the folder; its digest is what a row will carry.
         urls: called once, when the first row is needed; None: those of the params.
-        warn: told once of each server that is left out, in the thread of the caller.
+        warn: told once of each server that is left out or failed at last, in the thread of the caller.
     """
 
     name = "vllm-server"
@@ -93,6 +96,7 @@ class VllmServerSampler:
         self._temperature, self._top_p = temperature, top_p
         self._max_prompt_tokens, self._max_new_tokens = max_prompt_tokens, max_new_tokens
         self._given_urls = urls if urls is not None else lambda: params.base_urls
+        self._warned: set[str] = set()
         self.differences: dict[str, float] = {}
         """By URL: the largest difference of a log-prob in the last proof."""
 
@@ -135,7 +139,7 @@ class VllmServerSampler:
             SetupError, ParamsError: a server that cannot be used, or serves another policy; no row was kept.
             DataError: a prompt does not fit, or a server gave what cannot be a row.
         """
-        return next(self.sample_shards([requests], progress))[1] if requests else []
+        return [sample for _, samples in self.sample_shards([requests], progress) for sample in samples]
 
     def sample_shards(
         self, shards: Sequence[Sequence[SampleRequest]], progress: Progress
@@ -238,7 +242,7 @@ class VllmServerSampler:
         versions = sorted({one for one in found if isinstance(one, str)})
         if not versions:
             raise _down({url: str(cause) for url, cause in zip(self._urls, found, strict=True)})
-        return ", ".join(versions)
+        return " and ".join(versions)
 
     def _server(self, url: str, session: Any) -> Endpoint:
         p = self._params
@@ -257,7 +261,9 @@ class VllmServerSampler:
                     case None:
                         return
                     case str() as message:
-                        self._warn(message)
+                        if message not in self._warned:
+                            self._warned.add(message)
+                            self._warn(message)
                     case BaseException() as error:
                         raise error
                     case number, row:
@@ -328,6 +334,9 @@ class _Asking:
                 await worker
             for recovery in self._recoveries:
                 recovery.cancel()
+            for line in self._lines:
+                if line.hoped and not line.up:
+                    await self._last_word(line.server)
 
     async def _work(self) -> None:
         while self._todo:
@@ -407,6 +416,14 @@ class _Asking:
                 f"{line.server.url} is left out, its rows go to other servers: {self._causes[line.server.url]}"
             )
         self._wake(everyone=True)
+
+    async def _last_word(self, server: Endpoint) -> None:
+        """Warns of a server that failed and does not answer: with more rows it would have been left out."""
+        try:
+            async with asyncio.timeout(LAST_WORD_S):
+                await server.look(self._params.model)
+        except (NoAnswerError, PapoError, TimeoutError):
+            self.out.put(f"{server.url} failed, its rows went to other servers: {self._causes[server.url]}")
 
     async def _examine(self, server: Endpoint) -> None:
         """
