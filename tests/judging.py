@@ -1,4 +1,4 @@
-"""A round whose process is judged by a model: its tables, the stage on them, and commands of `papo` in processes that can be killed.
+"""A round whose process is judged by a model: its tables, the stage on them, and its command.
 
 The judge is tests/servers/chat.py with `servers.replies:strict`, which goes by the words of a response and by no seed, as a model at
 temperature 0 does: a response that is asked about twice has the same score twice.
@@ -7,17 +7,12 @@ temperature 0 does: a response that is asked about twice has the same score twic
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -171,75 +166,14 @@ def delivered(server: ChatProcess) -> Counter[str]:
     return found
 
 
-# ---- processes ----
+# ---- commands ----
 
-_FORKS = """
-import json, os, sys
+IMPORTS = """
 import aiohttp, httpx2, openai, tenacity
 from openai import AsyncOpenAI, DefaultAioHttpClient
-import papo.commands, papo.pipeline, papo.engines.chat, papo.engines.judges.model
-from papo.cli import main
-import pyarrow
-pyarrow.array([0])  # the first one imports pandas, which takes seconds
-for line in sys.stdin:
-    said = json.loads(line)
-    if "wait" in said:
-        print(os.waitstatus_to_exitcode(os.waitpid(said["wait"], 0)[1]), flush=True)
-    elif pid := os.fork():
-        print(pid, flush=True)
-    else:
-        log = os.open(said["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
-        os._exit(main(said["arguments"]))
+import papo.engines.chat, papo.engines.judges.model
 """
-
-
-class Papo:
-    """Commands of `papo`, each in a process of its own that is forked from one that has imported what they need."""
-
-    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
-        self._process, self.folder = process, folder
-        self.log = folder / "log"
-
-    def start(self, *arguments: str) -> int:
-        """Starts a command; its process."""
-        return self._say(arguments=arguments, log=str(self.log))
-
-    def kill(self, pid: int) -> bool:
-        """Kills it without a chance to do anything; whether it was still running."""
-        os.kill(pid, signal.SIGKILL)
-        return self.wait(pid) == -signal.SIGKILL
-
-    def wait(self, pid: int) -> int:
-        """The exit code, once it has ended."""
-        return self._say(wait=pid)
-
-    def run(self, *arguments: str) -> None:
-        """A command that has to succeed."""
-        assert self.wait(self.start(*arguments)) == 0, self.log.read_text()
-
-    def _say(self, **what: Any) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-
-@contextmanager
-def papo_forks(folder: Path) -> Iterator[Papo]:
-    """The current folder of the commands is `folder`; what they print goes to its file `log`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(Path(__file__).parents[1] / "params.yaml", folder)
-    with subprocess.Popen(
-        [sys.executable, "-c", _FORKS], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        try:
-            yield Papo(process, folder)
-        finally:
-            process.stdin.close()
-            process.wait(60)
+"""What `papo score-prm` needs, for tests/forks.py."""
 
 
 def score_prm_command(workspace: Workspace, params: dict[str, Any], *, variant: Variant = "prm") -> list[str]:

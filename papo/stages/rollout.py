@@ -300,12 +300,12 @@ def _compared(table: pa.Table, rows: int, recomputer: Recomputer, policy: Path) 
 
 
 def _versions(table: pa.Table) -> dict[str, str]:
-    """Library -> version, as the rows have it; several where a stage was finished by another one than it was begun by."""
+    """By the rows: a stage that finds all of them stored needs no server, and one that was restarted may have met another version."""
     found: dict[str, set[str]] = {}
-    for text in set(table["engine_version"].to_pylist()):
-        for part in str(text).split(", "):
-            name, _, number = part.partition(" ")
-            found.setdefault(name, set()).add(number)
+    for said in sorted(set(map(str, table["engine_version"].to_pylist()))):
+        for part in said.split(", "):
+            name, _, numbers = part.partition(" ")
+            found.setdefault(name, set()).update(numbers.split(" and "))
     return {name: " and ".join(sorted(numbers)) for name, numbers in found.items()}
 
 

@@ -243,6 +243,32 @@ def test_a_server_that_dies_is_left_out_and_told_once(
     assert rows_of(other) >= (len(REQUESTS) - rows) / 2
 
 
+def test_a_server_that_fails_at_last_is_warned_of_though_nothing_waits_for_it(
+    policy: Path, start: Callable[..., ChatProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "FIRST_WAIT_S", 30.0)
+    warned, told = list[str](), list[int]()
+    dying, other = start(latency_s=0.15), start(latency_s=0.15)
+
+    def count(done: int) -> None:
+        told.append(done)
+        if sum(told) == 8:
+            dying.process.kill()
+            dying.process.wait()
+
+    sampler = sampler_of(policy, dying, other, concurrency=4, warn=warned.append)
+    assert len(sampler.sample(REQUESTS, count)) == len(REQUESTS)
+    assert [line.split(" failed, its rows went to other servers: ")[0] for line in warned] == [dying.url]
+
+
+def test_a_server_that_is_not_there_is_warned_of_once(policy: Path, start: Callable[..., ChatProcess]) -> None:
+    warned: list[str] = []
+    sampler = sampler_of(policy, "http://127.0.0.1:1/v1", start(), warn=warned.append)
+    for _ in range(2):
+        sampled(sampler, REQUESTS[:3])
+    assert len(warned) == 1
+
+
 def test_a_server_that_is_not_there_is_left_out(policy: Path, start: Callable[..., ChatProcess]) -> None:
     warned: list[str] = []
     sampler = sampler_of(policy, "http://127.0.0.1:1/v1", start(), warn=warned.append)

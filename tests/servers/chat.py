@@ -284,6 +284,12 @@ async def serve(plan: Plan, connection: type[Connection] = Connection, *, port: 
     await ended.read()
 
 
+def arguments() -> tuple[dict[str, Any], int]:
+    """Of a server's command line: the plan, {} if none is given, and the port."""
+    plan, port = [*sys.argv[1:3], *("{}", "0")[len(sys.argv) - 1 :]]
+    return json.loads(plan), int(port)
+
+
 # ---- the test's side ----
 
 
@@ -323,9 +329,9 @@ def chat_process(**plan: Any) -> AbstractContextManager[ChatProcess]:
 
 
 @contextmanager
-def process_of(file: str, chosen: Plan) -> Iterator[ChatProcess]:
-    """The server that `file` makes of a plan, until the end of the `with`."""
-    command = [sys.executable, file, json.dumps(asdict(chosen))]
+def process_of(file: str, chosen: Plan, port: int = 0) -> Iterator[ChatProcess]:
+    """The server that `file` makes of a plan, until the end of the `with`; it may be killed before."""
+    command = [sys.executable, file, json.dumps(asdict(chosen)), str(port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -338,4 +344,5 @@ def process_of(file: str, chosen: Plan) -> Iterator[ChatProcess]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    asyncio.run(serve(Plan(**json.loads(sys.argv[1] if len(sys.argv) > 1 else "{}"))))
+    asked, at = arguments()
+    asyncio.run(serve(Plan(**asked), port=at))

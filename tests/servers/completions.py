@@ -29,6 +29,10 @@ from servers import chat
 from servers.chat import BODY_FAULTS, HTTP_FAULTS, LOST_FAULTS, ChatProcess, Connection
 
 VOCABULARY, EOS = 20, 1
+BOX, END, LINE, DIGITS = 3, 4, 5, range(10, 20)
+BOXES = -1
+"""The policy that writes lines of nothing but a boxed number, of one digit mostly, so that some responses are right."""
+
 MODEL = "policy"
 ROW_FAULTS = {
     "fewer": "fewer than the",
@@ -70,6 +74,11 @@ class Plan(chat.Plan):
 @lru_cache
 def table(number: int) -> list[list[float]]:
     """Logits by the token before; the end of text is drawn about once in ten tokens."""
+    if number == BOXES:
+        start, digit = {BOX: 1.0}, dict.fromkeys(DIGITS, 0.04) | {END: 0.6}
+        inside = {BOX: dict.fromkeys(DIGITS, 0.1), END: {EOS: 0.7, LINE: 0.3}} | dict.fromkeys(DIGITS, digit)
+        weights = [inside.get(token, start) for token in range(VOCABULARY)]
+        return [[math.log(of.get(token, 1e-7)) for token in range(VOCABULARY)] for of in weights]
     stream = random.Random(number)
     return [[stream.gauss(0.0, 1.5) for _ in range(VOCABULARY)] for _ in range(VOCABULARY)]
 
@@ -216,9 +225,9 @@ class Completions(Connection):
         return json.dumps(whole).encode()
 
 
-def completions_process(**plan: Any) -> AbstractContextManager[ChatProcess]:
-    """A server that runs until the end of the `with`."""
-    return chat.process_of(__file__, Plan(**plan))
+def completions_process(port: int = 0, **plan: Any) -> AbstractContextManager[ChatProcess]:
+    """A server that runs until the end of the `with`; port 0 is any free one."""
+    return chat.process_of(__file__, Plan(**plan), port)
 
 
 def serve_folder(folder: str, *flags: str) -> None:
@@ -233,4 +242,5 @@ def serve_folder(folder: str, *flags: str) -> None:
 if __name__ == "__main__" and sys.argv[1:2] == ["serve"]:
     serve_folder(*sys.argv[2:])
 elif __name__ == "__main__":
-    asyncio.run(chat.serve(Plan(**json.loads(sys.argv[1] if len(sys.argv) > 1 else "{}")), Completions))
+    asked, at = chat.arguments()
+    asyncio.run(chat.serve(Plan(**asked), Completions, port=at))

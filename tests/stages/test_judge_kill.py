@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from judging import REPLY, Papo, judging, paid_tries, papo_forks, prm_rows, score_prm_command, store_of, write_round
+from forks import Papo, papo_forks
+from judging import IMPORTS, REPLY, judging, paid_tries, prm_rows, score_prm_command, store_of, write_round
 from servers.chat import ChatProcess, chat_process
 
 from papo.store.layout import Workspace
@@ -31,7 +31,7 @@ def server() -> Iterator[ChatProcess]:
 
 @pytest.fixture
 def papo(tmp_path: Path) -> Iterator[Papo]:
-    with papo_forks(tmp_path / "here") as papo:
+    with papo_forks(tmp_path / "here", IMPORTS) as papo:
         yield papo
 
 
@@ -63,13 +63,8 @@ def undisturbed(server: ChatProcess, papo: Papo, tmp_path: Path) -> bytes:
 
 def killed(papo: Papo, arguments: list[str], server: ChatProcess, after: int, wait_s: float) -> bool:
     """Starts the command and kills it when the server has seen so many more requests, and a moment later; whether that was in time."""
-    until, before = time.monotonic() + 60, server.seen.requests.total()
-    pid = papo.start(*arguments)
-    while server.seen.requests.total() < before + after:
-        assert time.monotonic() < until, papo.log.read_text()
-        time.sleep(0.005)
-    time.sleep(wait_s)
-    return papo.kill(pid)
+    before = server.seen.requests.total()
+    return papo.kill_when(lambda: server.seen.requests.total() >= before + after, wait_s, *arguments)
 
 
 def twice(billed: Counter[str]) -> int:

@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judging import (
-    REPLY,
-    Papo,
-    judging,
-    paid_tries,
-    papo_forks,
-    prm_rows,
-    score_prm_command,
-    write_round,
-)
+from forks import Papo, papo_forks
+from judging import IMPORTS, REPLY, judging, paid_tries, prm_rows, score_prm_command, write_round
 from servers.chat import ChatProcess, chat_process
 
 from papo.params import Variant
@@ -44,7 +36,7 @@ def server(one_server: ChatProcess) -> ChatProcess:
 
 @pytest.fixture(scope="module")
 def papo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Papo]:
-    with papo_forks(tmp_path_factory.mktemp("here")) as papo:
+    with papo_forks(tmp_path_factory.mktemp("here"), IMPORTS) as papo:
         yield papo
 
 

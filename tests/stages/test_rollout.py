@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from papo.errors import CheckpointError, DataError, MissingInputError
+from papo.errors import CheckpointError, DataError, MissingInputError, ServerDownError
 from papo.params import RolloutParams
 from papo.schemas import PROBLEMS, ROLLOUTS, TRIED, problem_id, row_seed
 from papo.stages import rollout
@@ -88,6 +88,43 @@ def test_an_interrupted_stage_asks_only_for_what_is_missing(
     run(inputs, tmp_path / "whole" / "rollouts.parquet", undisturbed, context)
     assert first.batches + second.batches == undisturbed.batches
     assert out.read_bytes() == (tmp_path / "whole" / "rollouts.parquet").read_bytes()
+
+
+def test_a_stage_that_finds_all_shards_stored_needs_no_server(
+    tmp_path: Path, inputs: rollout.Inputs, context: Context, fake_sampler: Any
+) -> None:
+    class Gone(fake_sampler):  # type: ignore[misc]
+        def versions(self) -> dict[str, str]:
+            raise ServerDownError("no server is left")
+
+    def interrupt(rows: Any) -> None:
+        told.append(rows)
+        if len(told) == 4:
+            raise KeyboardInterrupt
+
+    told: list[Any] = []
+    out = tmp_path / "rollouts.parquet"
+    engine = rollout.Engine(fake_sampler(), Echo())
+    with pytest.raises(KeyboardInterrupt):
+        rollout.run(PARAMS, inputs, out, engine=engine, finished=interrupt, context=context)
+    assert not out.exists()
+    manifest = run(inputs, out, Gone(), context)
+    assert (manifest.rows, manifest.versions) == (12, {"fake": "1"})
+
+
+def test_the_manifest_names_all_versions_that_rows_are_from(
+    tmp_path: Path, inputs: rollout.Inputs, context: Context, fake_sampler: Any
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "rollouts.parquet"
+    first, second = fake_sampler(stop_at=3, stop=interrupt), fake_sampler()
+    first.versions = lambda: {"vllm": "0.32.0", "transformers": "5.23"}
+    second.versions = lambda: {"vllm": "0.32.0 and 0.33.0", "transformers": "5.23"}
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, out, first, context)
+    assert run(inputs, out, second, context).versions == {"vllm": "0.32.0 and 0.33.0", "transformers": "5.23"}
 
 
 KILLED = """

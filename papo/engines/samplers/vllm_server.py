@@ -46,6 +46,9 @@ FIRST_WAIT_S = 0.5
 PROOF_S = 120.0
 """For a server to prove what it serves."""
 
+LAST_WORD_S = 5.0
+"""For a server that failed to answer once all rows are there."""
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -63,7 +66,7 @@ class VllmServerSampler:
         policy: the folder; its digest is what a row will carry.
         others: folders of policies that a server might still serve, and that it is told from; need not be there.
         urls: called once, when the first row is needed; None: those of the params.
-        warn: told once of each server that is left out, in the thread of the caller, and once that a proof is none.
+        warn: told, in the thread of the caller, once of each server that is left out or failed at last, and once that a proof is none.
     """
 
     name = "vllm-server"
@@ -87,9 +90,10 @@ class VllmServerSampler:
         self._temperature, self._top_p = temperature, top_p
         self._max_prompt_tokens, self._max_new_tokens = max_prompt_tokens, max_new_tokens
         self._given_urls = urls if urls is not None else lambda: params.base_urls
+        self._warned: set[str] = set()
         self.proofs: dict[str, Proof] = {}
-        self.hand_over_s = 0.0
         """By URL: the last one."""
+        self.hand_over_s = 0.0
         self.doubted = False
         """Whether it was warned of a proof that is none."""
 
@@ -142,7 +146,7 @@ class VllmServerSampler:
             SetupError, ParamsError: a server that cannot be used, or serves another policy; no row was kept.
             DataError: a prompt does not fit, or a server gave what cannot be a row.
         """
-        return next(self.sample_shards([requests], progress))[1] if requests else []
+        return [sample for _, samples in self.sample_shards([requests], progress) for sample in samples]
 
     def sample_shards(
         self, shards: Sequence[Sequence[SampleRequest]], progress: Progress
@@ -239,7 +243,9 @@ class VllmServerSampler:
                     case None:
                         return
                     case str() as message:
-                        self._warn(message)
+                        if message not in self._warned:
+                            self._warned.add(message)
+                            self._warn(message)
                     case BaseException() as error:
                         raise error
                     case number, row:
@@ -307,6 +313,9 @@ class _Asking:
                 await worker
             for recovery in self._recoveries:
                 recovery.cancel()
+            for line in self._lines:
+                if line.hoped and not line.up:
+                    await self._last_word(line.server)
 
     async def _work(self) -> None:
         while self._todo:
@@ -386,6 +395,14 @@ class _Asking:
                 f"{line.server.url} is left out, its rows go to other servers: {self._causes[line.server.url]}"
             )
         self._wake(everyone=True)
+
+    async def _last_word(self, server: Endpoint) -> None:
+        """Warns of a server that failed and does not answer: with more rows it would have been left out."""
+        try:
+            async with asyncio.timeout(LAST_WORD_S):
+                await server.look(self._params.model)
+        except (NoAnswerError, PapoError, TimeoutError):
+            self.out.put(f"{server.url} failed, its rows went to other servers: {self._causes[server.url]}")
 
     async def _examine(self, server: Endpoint) -> None:
         """
