@@ -153,6 +153,7 @@ class _Sampling:
         self._drawn, self._finished, self._progress = drawn, finished, progress
         self._policy = digest(inputs.policy)
         self._size = params.prompts_per_shard
+        self._version = ""
         self.groups: dict[int, pa.Table] = {}
         self.scores: dict[int, list[tuple[float | None, float]]] = {}
 
@@ -172,6 +173,10 @@ class _Sampling:
             else:
                 self._progress(len(table))
                 self._take(shard, table)
+        if missing:
+            # Now, as whoever samples need not be there any more when the first shard is stored.
+            versions = self._engine.sampler.versions()
+            self._version = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
         requests = [[one for place in self._places(shard) for one in self._requests(place)] for shard in missing]
         for number, samples in self._engine.sampler.sample_shards(requests, self._progress):
             shard = missing[number]
@@ -230,7 +235,6 @@ class _Sampling:
         self, places: Sequence[int], requests: Sequence[SampleRequest], samples: Sequence[Sample]
     ) -> list[dict[str, Any]]:
         keys = [(self._drawn[place], index) for place in places for index in range(self._params.group_size)]
-        version = ", ".join(f"{name} {number}" for name, number in sorted(self._engine.sampler.versions().items()))
         return [
             {
                 "round": self._inputs.round,
@@ -248,7 +252,7 @@ class _Sampling:
                 "max_new_tokens": self._params.max_new_tokens,
                 "seed": request.seed,
                 "engine": self._engine.sampler.name,
-                "engine_version": version,
+                "engine_version": self._version,
             }
             for (problem, index), request, sample in zip(keys, requests, samples, strict=True)
         ]
