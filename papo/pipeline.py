@@ -181,7 +181,7 @@ def _rollout(params: Params, workspace: Workspace, context: Context, round_: int
         return rollout.run(
             p, _there(inputs, workspace), out,
             engine=rollout.Engine(sampler, recomputer, scorer, release=opened.close),
-            finished=ahead.add if ahead is not None else lambda rows: None,
+            finished=ahead.add if ahead is not None else None,
             context=context,
         )  # fmt: skip
 

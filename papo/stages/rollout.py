@@ -57,7 +57,7 @@ def run(
     out: Path,
     *,
     engine: Engine,
-    finished: Callable[[Rows], None] = lambda rows: None,
+    finished: Callable[[Rows], None] | None = None,
     context: Context = Context(),
 ) -> Manifest:
     """Writes the rollouts of one round to `out`, prompt by prompt in the order they were drawn, and `tried.parquet` beside it.
@@ -146,7 +146,7 @@ class _Sampling:
         inputs: Inputs,
         engine: Engine,
         drawn: list[dict[str, Any]],
-        finished: Callable[[Rows], None],
+        finished: Callable[[Rows], None] | None,
         progress: Progress,
     ) -> None:
         self._task, self._params, self._inputs, self._engine = task, params, inputs, engine
@@ -229,7 +229,8 @@ class _Sampling:
         group = self._params.group_size
         for number, place in enumerate(self._places(shard)):
             self.groups[place] = table.slice(number * group, group)
-        self._finished(table.to_pylist())
+        if self._finished is not None:
+            self._finished(table.to_pylist())
 
     def _rows(
         self, places: Sequence[int], requests: Sequence[SampleRequest], samples: Sequence[Sample]

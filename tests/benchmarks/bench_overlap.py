@@ -97,7 +97,7 @@ def one_round(given: argparse.Namespace, sampling: ChatProcess, judge: ChatProce
         with ahead or nullcontext():
             first = rollout.run(
                 params, rollout.Inputs(0, 0, workspace.train_problems, policy), rollouts,
-                engine=engine, finished=ahead.add if ahead else lambda rows: None, context=context,
+                engine=engine, finished=ahead.add if ahead else None, context=context,
             )  # fmt: skip
             second = score_orm.run(
                 ScoreOrmParams(), score_orm.Inputs(0, rollouts, workspace.train_problems), orm,

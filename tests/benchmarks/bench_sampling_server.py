@@ -5,7 +5,8 @@
     python tests/benchmarks/bench_sampling_server.py --url URL --policy FOLDER       # one that is there
 
 The runs of a pair follow each other, in an order that changes from pair to pair; the ratio is the median over the pairs. `bare` keeps as
-many requests under way and reads the token ids of each answer, and checks nothing; it proves nothing of the server, either.
+many requests under way and reads the token ids of each answer, and checks nothing; it proves nothing of the server, either. `stage` is all
+of papo rollout but the start of its process.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as papo sets it
 
 import aiohttp
 from servers.completions import MODEL, completions_process, save_policy
 
 from papo.engines.protocols import SampleRequest
+from papo.engines.recompute import PolicyRecomputer
+from papo.engines.samplers import make_sampler
 from papo.engines.samplers.completions import served_name
 from papo.engines.samplers.vllm_server import VllmServerSampler
 from papo.engines.serving import Servers
-from papo.params import ServerParams
-from papo.schemas import row_seed
+from papo.params import RolloutParams, ServerParams
+from papo.schemas import PROBLEMS, ROLLOUTS, problem_id, row_seed
+from papo.stages import rollout
+from papo.store.manifest import Context
+from papo.store.tables import read_rows, write_rows
 
 PROMPTS = [f"{a}+{b}-{c}=?\n" for a in range(10) for b in range(10) for c in range(10)]
 
@@ -141,6 +148,29 @@ def embedded(folder: Path) -> Path:
     return folder
 
 
+def stage(policy: Path, server: ServerParams, given: argparse.Namespace) -> int:
+    """Tokens of a whole stage, from its policy to its table; as many prompts and rows as the others have."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = [
+            {"problem_id": problem_id(prompt, "1"), "prompt": prompt, "answer": "1", "grading": "{}", "source": "made",
+             "split": "train"}
+            for prompt in PROMPTS[: given.prompts]
+        ]  # fmt: skip
+        write_rows(folder / "train.parquet", PROBLEMS, rows)
+        params = RolloutParams(
+            engine="vllm-server", prompts_per_round=given.prompts, group_size=given.group, max_prompt_tokens=64,
+            max_new_tokens=given.new, server=server,
+        )  # fmt: skip
+        sampler = make_sampler(params, policy, temperature=1.0, top_p=1.0, max_new_tokens=given.new, logs=folder)
+        engine = rollout.Engine(sampler, PolicyRecomputer(policy, temperature=1.0))
+        inputs = rollout.Inputs(0, 0, folder / "train.parquet", policy)
+        rollout.run(
+            params, inputs, folder / "out/rollouts.parquet", engine=engine, context=Context(work=folder / "work")
+        )
+        return sum(len(row["completion_ids"]) for row in read_rows(folder / "out/rollouts.parquet", ROLLOUTS))
+
+
 def compare(policy: Path, params: ServerParams, given: argparse.Namespace) -> None:
     requests = [
         SampleRequest(prompt, row_seed(0, 0, prompt, index))
@@ -159,6 +189,7 @@ def compare(policy: Path, params: ServerParams, given: argparse.Namespace) -> No
     ways: dict[str, Callable[[], int]] = {
         "bare": lambda: asyncio.run(bare(url, encoded, width)),
         "vllm-server": lambda: sum(len(one.completion_ids) for one in sampler.sample(requests, lambda _: None)),
+        "stage": lambda: stage(policy, params, given),
     }
     if given.clients:
         ways["openai"] = lambda: asyncio.run(with_openai(url, bodies, width, typed=True))
