@@ -222,7 +222,7 @@ class Servers:
                 one.start()
             for one in self._started:
                 one.wait()
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: none of them is left
             self.close()
             raise
 

@@ -82,7 +82,7 @@ async def with_openai(url: str, bodies: Sequence[dict[str, Any]], width: int, *,
                     given = {name: body[name] for name in own}
                     rest = {name: value for name, value in body.items() if name not in own}
                     found = await client.completions.create(**given, extra_body=rest)
-                    total += len(found.choices[0].token_ids)  # type: ignore[attr-defined]
+                    total += len(found.choices[0].token_ids)  # type: ignore[attr-defined]  # vLLM's own field
                 else:
                     response = await client.post("/completions", cast_to=httpx2.Response, body=body)
                     total += len(json.loads(response.content)["choices"][0]["token_ids"])

@@ -28,7 +28,7 @@ REQUESTS = [SampleRequest(prompt, 1000 * number + seed) for number, prompt in en
 
 def sampler_of(
     policy: Path, temperature: float = 1.0, top_p: float = 1.0, new: int = 16, prompt: int = 32, **more: Any
-) -> Sampler:
+) -> TransformersSampler:
     return TransformersSampler(
         policy,
         temperature=temperature,
@@ -299,7 +299,7 @@ def test_a_model_that_forgets_tokens_is_left_to_generate(
 def forwards(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The shapes that the model will be asked for."""
     shapes: list[tuple[int, int]] = []
-    model = sampler._model  # type: ignore[attr-defined]
+    model = sampler._model
     original = model.forward
 
     @functools.wraps(original)
@@ -341,7 +341,7 @@ def test_batches_are_sorted_by_length_and_samples_come_in_the_order_of_the_reque
     assert equal_but_for_rounding(samples, sampled(sampler_of(policy), REQUESTS))
     assert sum(told) == len(REQUESTS)
     assert [tokens for _, tokens in shapes if tokens > 1] == [14, 8, 6, 4]
-    assert sampler.metrics() == {"batches": 4.0, "batch_rows": 8.0, "batch_halvings": 0.0}  # type: ignore[attr-defined]
+    assert sampler.metrics() == {"batches": 4.0, "batch_rows": 8.0, "batch_halvings": 0.0}
 
 
 def test_the_same_requests_give_the_same_bits_in_any_order(policy: Path) -> None:
@@ -369,11 +369,11 @@ def test_the_rows_of_a_batch_come_from_all_memory_and_what_a_row_takes(
     row = 2 * 2 * 2 * 8 * 4 * (28 + 100) + transformers.LOGIT_BYTES * 20
     for memory, rows in ((1, 1), (4 * row, 1), (8 * row, 2), (4 * 100 * row, 64), (10**15, 512)):
         monkeypatch.setattr(transformers, "memory_bytes", lambda device, memory=memory: memory)
-        assert sampler._rows(28) == rows  # type: ignore[attr-defined]
+        assert sampler._rows(28) == rows
     monkeypatch.setattr(transformers, "memory_bytes", lambda device: 4 * 15 * row)
-    assert sampler._rows(28) == 8  # type: ignore[attr-defined]
+    assert sampler._rows(28) == 8
     samples = sampled(sampler, REQUESTS)
-    assert sampler.metrics()["batch_rows"] == 16.0  # type: ignore[attr-defined]  # shorter prompts, so more of them
+    assert sampler.metrics()["batch_rows"] == 16.0  # shorter prompts, so more of them
     assert len(samples) == len(REQUESTS)
 
 
@@ -437,8 +437,8 @@ def test_where_memory_runs_out_batches_are_halved_and_it_is_said_once(
     assert sum(told) == len(REQUESTS)
     assert len(said) == 1
     assert said[0].startswith("out of memory with 16 rows at a time")
-    assert sampler.metrics()["batch_rows"] <= 4  # type: ignore[attr-defined]
-    assert sampler.metrics()["batch_halvings"] == 2  # type: ignore[attr-defined]
+    assert sampler.metrics()["batch_rows"] <= 4
+    assert sampler.metrics()["batch_halvings"] == 2
 
 
 def test_memory_for_not_even_one_row_ends_the_stage_with_what_to_do(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from failures import failure
 from pydantic import ValidationError
 from servers.chat import ChatProcess
 from servers.completions import EOS, ROW_FAULTS, completions_process, log_softmax, save_policy, table
@@ -74,13 +75,8 @@ def sampled(sampler: VllmServerSampler, requests: Sequence[SampleRequest] = REQU
     return sampler.sample(requests, lambda _: None)
 
 
-def failure(policy: Path, *servers: ChatProcess | str, kind: type[PapoError], **change: Any) -> PapoError:
-    with pytest.raises(kind) as caught:
-        sampled(sampler_of(policy, *servers, **change))
-    assert type(caught.value) is kind
-    assert caught.value.where
-    assert caught.value.fix
-    return caught.value
+def refused(policy: Path, *servers: ChatProcess | str, kind: type[PapoError], **change: Any) -> PapoError:
+    return failure(kind, lambda: sampled(sampler_of(policy, *servers, **change)))
 
 
 def rows_of(server: ChatProcess) -> int:
@@ -302,7 +298,7 @@ def test_all_dead_is_an_error_after_which_the_stage_can_be_started_again(
 
 
 def test_a_row_on_which_every_server_fails_ends_it(policy: Path, start: Callable[..., ChatProcess]) -> None:
-    error = failure(policy, start(fault="500"), kind=ServerDownError, tries=2)
+    error = refused(policy, start(fault="500"), kind=ServerDownError, tries=2)
     assert "row" in error.what
     assert "failed 3 times" in error.what
     assert "HTTP 500" in error.what
@@ -330,7 +326,7 @@ def test_what_cannot_be_a_row_is_an_error_that_names_server_and_row(
     policy: Path, start: Callable[..., ChatProcess], fault: str
 ) -> None:
     server = start(fault=fault)
-    error = failure(policy, server, kind=DataError)
+    error = refused(policy, server, kind=DataError)
     assert ROW_FAULTS[fault] in error.what
     assert error.where.startswith(f"{server.url}, row ")
     assert error.where.partition(": ")[2] in map(repr, PROMPTS)
@@ -338,7 +334,7 @@ def test_what_cannot_be_a_row_is_an_error_that_names_server_and_row(
 
 @pytest.mark.parametrize("fault", ["empty", "html", "invalid-json"])
 def test_what_is_no_json_is_an_error(policy: Path, start: Callable[..., ChatProcess], fault: str) -> None:
-    assert "is no JSON" in failure(policy, start(fault=fault), kind=DataError).what
+    assert "is no JSON" in refused(policy, start(fault=fault), kind=DataError).what
 
 
 # ---- the proof ----
@@ -360,7 +356,7 @@ def test_the_right_policy_is_accepted_and_how_near_it_is_is_known(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_another_policy_is_refused_before_any_row(policy: Path, start: Callable[..., ChatProcess], dtype: str) -> None:
     good, other = start(), start(policy=1)
-    error = failure(policy, good, other, kind=SetupError, dtype=dtype)
+    error = refused(policy, good, other, kind=SetupError, dtype=dtype)
     assert "another policy" in error.what
     assert "differ by up to" in error.what
     assert error.where == f"{other.url}, {policy}"
@@ -372,7 +368,7 @@ def test_a_policy_that_is_a_little_different_is_another(
 ) -> None:
     near = save_policy(tmp_path / "near", 0, size=1.0005)
     server = start()
-    assert "another policy" in failure(near, server, kind=SetupError).what
+    assert "another policy" in refused(near, server, kind=SetupError).what
     assert len(sampled(sampler_of(near, server, dtype="bfloat16"))) == len(REQUESTS)
     assert len(sampled(sampler_of(near, server, max_difference=0.01))) == len(REQUESTS)
 
@@ -382,7 +378,7 @@ def test_log_probs_of_another_distribution_than_the_sampled_one_are_refused(
     policy: Path, start: Callable[..., ChatProcess], temperature: float
 ) -> None:
     server = start(mode="raw_logprobs")
-    error = failure(policy, server, kind=SetupError, temperature=temperature)
+    error = refused(policy, server, kind=SetupError, temperature=temperature)
     assert "at temperature 1 for tokens that are sampled at temperature" in error.what
     assert "--logprobs-mode processed_logprobs" in error.fix
     assert rows_of(server) == 0
@@ -416,7 +412,7 @@ def test_a_server_that_still_serves_the_policy_before_is_caught_before_any_row(
     policy: Path, next_policy: Path, start: Callable[..., ChatProcess], dtype: str, noise: float
 ) -> None:
     old = start(noise=noise)
-    error = failure(next_policy, old, kind=SetupError, others=[policy], dtype=dtype)
+    error = refused(next_policy, old, kind=SetupError, others=[policy], dtype=dtype)
     assert error.what.startswith(f"the server still serves the policy in {policy}: ")
     assert error.where == f"{old.url}, {next_policy}"
     assert "set reload" in error.fix
@@ -441,7 +437,7 @@ def test_of_several_others_the_one_that_is_served_is_named(
 ) -> None:
     policies = [save_policy(tmp_path / str(size), 0, size=size) for size in (1.1, 1.2, 0.9, 0.8)]
     wanted, *others = policies
-    error = failure(
+    error = refused(
         wanted, start(noise=NOISE), kind=SetupError, others=[*others[:2], policy, others[2]], dtype="bfloat16"
     )
     assert error.what.startswith(f"the server still serves the policy in {policy}: ")
@@ -480,7 +476,7 @@ def test_where_log_probs_tell_nothing_the_name_of_the_server_does(
     assert len(sampled(sampler_of(near, server, **change))) == len(REQUESTS)
     assert warned == []
     server.set(model=served_name(policy))
-    error = failure(near, server, kind=SetupError, **change)
+    error = refused(near, server, kind=SetupError, **change)
     assert error.what == f"the server still serves the policy in {policy}: its name is {served_name(policy)}"
     assert rows_of(server) == 0
     # What was loaded since it was started does not change its name.
@@ -536,7 +532,7 @@ def with_more_tokens(folder: Path) -> None:
 
 
 def test_no_server_answers(policy: Path) -> None:
-    error = failure(policy, "http://127.0.0.1:1/v1", kind=ServerDownError)
+    error = refused(policy, "http://127.0.0.1:1/v1", kind=ServerDownError)
     assert error.what == "no server is left: no connection"
     assert error.where == "http://127.0.0.1:1/v1"
     with pytest.raises(ServerDownError, match="no server is left: no connection"):
@@ -544,18 +540,18 @@ def test_no_server_answers(policy: Path) -> None:
 
 
 def test_there_is_no_server(policy: Path) -> None:
-    failure(policy, kind=SetupError)
+    refused(policy, kind=SetupError)
 
 
 def test_the_address_is_wrong(policy: Path, start: Callable[..., ChatProcess]) -> None:
-    error = failure(policy, start().url.removesuffix("/v1"), kind=SetupError)
+    error = refused(policy, start().url.removesuffix("/v1"), kind=SetupError)
     assert "HTTP 404" in error.what
     assert "base_urls (they end in /v1)" in error.fix
 
 
 def test_the_model_is_another(policy: Path, start: Callable[..., ChatProcess]) -> None:
     server = start(model="other")
-    error = failure(policy, server, kind=SetupError, model="policy")
+    error = refused(policy, server, kind=SetupError, model="policy")
     assert error.what == "the server has no model policy: it has other"
     assert len(sampled(sampler_of(policy, server, model="other"))) == len(REQUESTS)
     assert len(sampled(sampler_of(policy, server))) == len(REQUESTS)
@@ -563,7 +559,7 @@ def test_the_model_is_another(policy: Path, start: Callable[..., ChatProcess]) -
 
 def test_the_context_is_too_short(policy: Path, start: Callable[..., ChatProcess]) -> None:
     server = start(context=29)
-    error = failure(policy, server, kind=ParamsError)
+    error = refused(policy, server, kind=ParamsError)
     assert error.what == "a prompt of 14 tokens and 16 new ones do not fit into the context of 29 tokens"
     assert "--max-model-len 30" in error.fix
     assert rows_of(server) == 0
@@ -608,7 +604,7 @@ def test_the_key_is_sent_and_shown_nowhere(
     policy: Path, start: Callable[..., ChatProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "sesame")
-    error = failure(policy, start(fault="401"), kind=SetupError, api_key_env="MY_KEY")
+    error = refused(policy, start(fault="401"), kind=SetupError, api_key_env="MY_KEY")
     assert "sesame" not in str(error)
     assert "MY_KEY" in error.fix
     monkeypatch.setenv("MY_KEY", "se same")

@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from failures import failure
 from servers.completions import __file__ as stand_in
 from servers.completions import completions_process, save_policy
 
@@ -79,15 +79,6 @@ def sampled(params: ServerParams, policy: Path, urls: list[str]) -> list[list[in
         policy, temperature=1.0, top_p=1.0, max_prompt_tokens=16, max_new_tokens=8, params=params, urls=lambda: urls
     )
     return [sample.completion_ids for sample in sampler.sample(REQUESTS, lambda _: None)]
-
-
-def failure(kind: type[PapoError], call: Callable[[], Any]) -> PapoError:
-    with pytest.raises(kind) as caught:
-        call()
-    assert type(caught.value) is kind
-    assert caught.value.where
-    assert caught.value.fix
-    return caught.value
 
 
 def left(pids: Path) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from failures import failure
 from servers.completions import EOS, log_softmax, save_policy, table
 from servers.engine import python_of, save_package
 
@@ -22,7 +23,7 @@ from papo.cli import main
 from papo.engines.protocols import Sample, SampleRequest
 from papo.engines.samplers import vllm
 from papo.engines.samplers.vllm import VllmSampler
-from papo.errors import CheckpointError, DataError, PapoError, ParamsError, ServerDownError, SetupError
+from papo.errors import CheckpointError, DataError, ParamsError, ServerDownError, SetupError
 from papo.params import VllmParams
 from papo.store.files import read_json
 
@@ -74,15 +75,6 @@ def make(python: str, policy: Path, logs: Path, monkeypatch: pytest.MonkeyPatch)
 
 def sampled(sampler: VllmSampler, requests: Sequence[SampleRequest] = REQUESTS) -> list[Sample]:
     return sampler.sample(requests, lambda _: None)
-
-
-def failure(kind: type[PapoError], call: Callable[[], Any]) -> PapoError:
-    with pytest.raises(kind) as caught:
-        call()
-    assert type(caught.value) is kind
-    assert caught.value.where
-    assert caught.value.fix
-    return caught.value
 
 
 def started(logs: Path) -> dict[int, dict[str, Any]]:

@@ -93,7 +93,7 @@ def test_an_interrupted_stage_asks_only_for_what_is_missing(
 def test_a_stage_that_finds_all_shards_stored_needs_no_server(
     tmp_path: Path, inputs: rollout.Inputs, context: Context, fake_sampler: Any
 ) -> None:
-    class Gone(fake_sampler):  # type: ignore[misc]
+    class Gone(fake_sampler):  # type: ignore[misc]  # a fixture that is a class
         def versions(self) -> dict[str, str]:
             raise ServerDownError("no server is left")
 

@@ -5,6 +5,8 @@ The folder is not named vllm: tests/ is on the import path, and libraries that a
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,3 +39,12 @@ def vllm_url(with_vllm: Path, smollm2: Path) -> Iterator[str]:
     """Of SmolLM2-135M-Instruct in float32: with half of the bits, what else is computed beside a reply changes it."""
     with vllm_server(smollm2, max_model_len=MAX_MODEL_LEN, dtype="float32", enforce_eager=True) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def policy(started: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The warm start of a tiny run, with settings beside it that would bend the distribution and end completions early."""
+    folder = Path(shutil.copytree(started / "artifacts/warmstart", tmp_path_factory.mktemp("warm") / "policy"))
+    settings = {"repetition_penalty": 1.5, "temperature": 0.6, "top_k": 2, "do_sample": True, "eos_token_id": [1, 7, 8]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,15 +27,6 @@ OPTIONS: dict[str, Any] = {
 PROMPTS = [f"{a}+{b}-{a}=?\n" for a in range(2, 8) for b in range(1, 5)]
 REQUESTS = [SampleRequest(prompt, row_seed(0, 0, prompt, index)) for prompt in PROMPTS for index in range(8)]
 Make = Callable[..., VllmSampler]
-
-
-@pytest.fixture(scope="module")
-def policy(started: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The warm start of a tiny run, with settings beside it that would bend the distribution and end completions early."""
-    folder = Path(shutil.copytree(started / "artifacts/warmstart", tmp_path_factory.mktemp("sampled") / "policy"))
-    settings = {"repetition_penalty": 1.5, "temperature": 0.6, "top_k": 2, "do_sample": True, "eos_token_id": [1, 7, 8]}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from papo.engines.protocols import Sampler
 from papo.params import RolloutParams
@@ -28,41 +29,21 @@ def make_sampler(
         logs: folder for what the processes of vllm say.
         urls: for vllm-server: called once, when the servers are needed; None: those of the params.
     """
+    shared: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_prompt_tokens": params.max_prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "warn": warn,
+    }
     if params.engine == "vllm-server":
         from papo.engines.samplers.vllm_server import VllmServerSampler
 
-        return VllmServerSampler(
-            policy,
-            temperature=temperature,
-            top_p=top_p,
-            max_prompt_tokens=params.max_prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            params=params.server,
-            others=others,
-            urls=urls,
-            warn=warn,
-        )
+        return VllmServerSampler(policy, params=params.server, others=others, urls=urls, **shared)
     if params.engine == "vllm":
         from papo.engines.samplers.vllm import VllmSampler
 
-        return VllmSampler(
-            policy,
-            temperature=temperature,
-            top_p=top_p,
-            max_prompt_tokens=params.max_prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            params=params.vllm,
-            logs=logs,
-            warn=warn,
-        )
+        return VllmSampler(policy, params=params.vllm, logs=logs, **shared)
     from papo.engines.samplers.transformers import TransformersSampler
 
-    return TransformersSampler(
-        policy,
-        temperature=temperature,
-        top_p=top_p,
-        max_prompt_tokens=params.max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        batch_rows=params.batch_rows,
-        warn=warn,
-    )
+    return TransformersSampler(policy, batch_rows=params.batch_rows, **shared)

@@ -293,7 +293,7 @@ class _Asking:
         try:
             self._loop.run_until_complete(self._task)
             self.out.put(None)
-        except BaseException as error:
+        except BaseException as error:  # a cancellation, too: whoever takes the rows waits for an end
             self.out.put(_first(error))
         finally:
             self._loop.close()

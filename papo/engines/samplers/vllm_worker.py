@@ -23,7 +23,7 @@ from typing import Any
 
 def main() -> int:
     # The folder of this script has modules with the names of libraries.
-    here = os.path.realpath(os.path.dirname(__file__))  # noqa: PTH120
+    here = os.path.realpath(os.path.dirname(__file__))  # noqa: PTH120  # before anything is imported from here
     sys.path[:] = [path for path in sys.path if os.path.realpath(path or ".") != here]
     channel = socket.socket(fileno=int(sys.argv[1]))
     # What the engine starts must not keep the socket open.
@@ -36,7 +36,7 @@ def main() -> int:
         settings = json.loads(heard.readline())
         try:
             engine, about = load(settings["engine"])
-        except Exception as error:
+        except Exception as error:  # of any library below vLLM: papo is told in its words
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             say({"error": f"{type(error).__name__}: {error}"})
             return 1
