@@ -258,6 +258,23 @@ def check_judge(params: Params, workspace: Workspace, context: Context) -> None:
         _judge(params, workspace, context, round_=0, variant=params.advantage.variant).check()
 
 
+def check_sampler(params: Params, workspace: Workspace, context: Context) -> None:
+    """For the start of a run, before the warm start is made.
+
+    Raises:
+        SetupError: what `rollout.engine` names cannot be had here.
+    """
+    from papo.engines.samplers import make_sampler
+
+    p = params.rollout
+    if p.engine == "vllm-server":
+        _servers(params, workspace, context).check()
+    make_sampler(
+        p, workspace.warmstart, temperature=p.temperature, top_p=p.top_p, max_new_tokens=p.max_new_tokens,
+        logs=workspace.work / "engines",
+    ).check()  # fmt: skip
+
+
 def _advantage(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
     from papo.engines.tokenizer import TokenizerAligner
 

@@ -186,3 +186,20 @@ def test_prompts_above_the_limit_are_left_out_and_counted(
     assert {row["problem_id"] for row in tried} == long
     assert all(f"allowed are 1 to {limit}" in row["reason"] for row in tried)
     assert max(len(row["prompt_ids"]) for row in read_rows(here.table(0, "rollouts"), ROLLOUTS)) <= limit
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        (["rollout.engine=vllm", "rollout.vllm.python=nowhere/python"], "rollout.vllm.python"),
+        (["rollout.engine=vllm-server", "rollout.server.command=nowhere/vllm serve"], "rollout.server.command"),
+    ],
+)
+def test_a_run_says_at_its_start_that_there_is_no_vllm(
+    checkout: Path, capsys: pytest.CaptureFixture[str], given: list[str], where: str
+) -> None:
+    assert main(["run", "--no-dvc", *(word for one in given for word in ("--set", one))]) == 2
+    said = capsys.readouterr().err
+    assert f"where: {where}" in said
+    assert "nowhere/" in said
+    assert not (checkout / "data").exists()

@@ -91,15 +91,7 @@ class Server:
         Raises:
             SetupError: the program is not there.
         """
-        words = shlex.split(self._params.command)
-        found = which(words[0]) if words else None
-        if found is None:
-            raise SetupError(
-                f"the server cannot be started: there is no program {words[0] if words else ''}".rstrip(),
-                where="command",
-                fix="run `pip install vllm==0.32.0` in an environment of its own and name its program as command, "
-                "or start servers yourself and name them as base_urls",
-            )
+        words = program_of(self._params)
         named = ["--model"] if words[-1] == NAMED else []
         flags: dict[str, str | int | float | bool] = {
             NAME_FLAG: self.name,
@@ -110,7 +102,7 @@ class Server:
             "logprobs-mode": "processed_logprobs",
             "generation-config": "vllm",
         }
-        return [found, *words[1:], *named, str(self.policy.resolve()), *flags_of(flags | self._params.options)]
+        return [*words, *named, str(self.policy.resolve()), *flags_of(flags | self._params.options)]
 
     def wait(self) -> None:
         """Until it answers.
@@ -179,6 +171,14 @@ class Servers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def check(self) -> None:
+        """
+        Raises:
+            SetupError: servers are to be started here, and there is no such program.
+        """
+        if not self._params.base_urls:
+            program_of(self._params)
 
     def serve(self, policy: Path) -> list[str]:
         """URLs of servers that were told to serve the policy.
@@ -295,6 +295,24 @@ def serve_policy(
         say("ending the server")
     finally:
         server.close()
+
+
+def program_of(params: ServerParams) -> list[str]:
+    """The words of `command`, the first of them the path of a program.
+
+    Raises:
+        SetupError: it is not there.
+    """
+    words = shlex.split(params.command)
+    found = which(words[0]) if words else None
+    if found is None:
+        raise SetupError(
+            f"the server cannot be started: there is no program {words[0] if words else ''}".rstrip(),
+            where="rollout.server.command",
+            fix="run `pip install vllm==0.32.0` in an environment of its own and name its program as rollout.server.command, "
+            "or start servers yourself and name them as rollout.server.base_urls",
+        )
+    return [found, *words[1:]]
 
 
 def flags_of(options: dict[str, str | int | float | bool]) -> list[str]:

@@ -201,7 +201,7 @@ def key_of(params: ServerParams) -> str:
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise SetupError(
             f"what the environment variable {params.api_key_env} holds cannot be a key: it has spaces, or more than ASCII",
-            where="api_key_env",
+            where="rollout.server.api_key_env",
             fix=f"correct {params.api_key_env}",
         )
     return key

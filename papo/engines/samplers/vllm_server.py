@@ -206,7 +206,9 @@ class VllmServerSampler:
         self.hand_over_s += time.monotonic() - began
         if not urls:
             raise SetupError(
-                "there is no server to sample from", where="base_urls", fix="name servers, or have papo start them"
+                "there is no server to sample from",
+                where="rollout.server.base_urls",
+                fix="name servers, or have papo start them",
             )
         return urls
 
