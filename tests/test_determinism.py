@@ -98,7 +98,7 @@ def test_the_run_of_these_tests_trains_on_something(first: Workspace) -> None:
         assert len(advantages) == 64
         assert any(advantage != 0.0 for advantage in advantages)
         assert Manifest.read(first.policy(round_)).metrics["grad_norm"] > 0
-    # 1 training set, 1 set of traces, 1 of drops, 1 benchmark, 4 tables a round, 1 evaluation; warm start and 2 folders a round.
+    # 1 training set, 1 set of traces, 1 of drops, 1 benchmark, 5 tables a round, 1 evaluation; warm start and 2 folders a round.
     assert len(results(first)) == 4 + 2 * 5 + 1 + 1 + 2 * 2
 
 
