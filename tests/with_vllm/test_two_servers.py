@@ -66,9 +66,10 @@ def test_one_of_two_servers_is_killed(
         urls = servers.serve(inputs.policy)
         first = min(child.pid for child in children() if child.is_running())
         sampler = make_sampler(
-            params, inputs.policy, temperature=1.0, top_p=1.0, max_new_tokens=24, urls=lambda: urls, warn=warned.append
-        )
-        recomputer = PolicyRecomputer(inputs.policy, temperature=1.0, device="cpu")
+            params, inputs.policy, temperature=1.0, top_p=1.0, max_new_tokens=24, logs=tmp_path / "logs",
+            urls=lambda: urls, warn=warned.append,
+        )  # fmt: skip
+        recomputer = PolicyRecomputer(inputs.policy, temperature=1.0)
         manifest = rollout.run(params, inputs, out, engine=rollout.Engine(sampler, recomputer), context=context)
     rows = read_rows(out, ROLLOUTS)
     names = [row["problem_id"] for row in read_rows(inputs.problems, PROBLEMS)]
