@@ -29,7 +29,6 @@ def preset(name: str) -> Params:
 
 
 def test_the_compose_file_is_one() -> None:
-    pytest.importorskip("check_jsonschema")
     schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text())
     check = jsonschema.validators.validator_for(schema)(schema)
     found = compose(**KEY)
