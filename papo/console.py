@@ -457,6 +457,8 @@ def explained_notes(explained: Explained) -> list[str]:
         notes.append(
             "no process score: missing to papo and TRL, 0 to verl; to mult and fullnorm 0 if the response is wrong"
         )
+    if explained.settings.overlong is not None:
+        notes.append("the penalty for length is in orm, mult and fullnorm, too, and in neither GDPO")
     if explained.token_level:
         notes.append("advantages are by token: A_out, A_proc and A are means over the tokens of a response")
     return notes

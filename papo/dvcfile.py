@@ -30,7 +30,7 @@ PARAMS = {
     "score_orm": ["score_orm"],
     "score_prm": ["score_prm", "advantage.variant"],
     "advantage": ["advantage"],
-    "train": ["train", "rollout.temperature", "run.seed"],
+    "train": ["train", "rollout.temperature", "rollout.max_new_tokens", "run.seed"],
     "evaluate": ["evaluate", "run.seed", "run.rounds", "rollout.engine"],
     "report": [section for section in Params.model_fields if section != "tracking"],
 }  # fmt: skip
@@ -47,6 +47,7 @@ def render(params: Params) -> str:
     checkpoint = [str(path)] if (path := local_checkpoint(params.warmstart)) else []
     judge = params.score_prm
     rubric = [judge.rubric] if judge.judge == "model" and Path(judge.rubric).is_file() else []
+    reference = ["artifacts/warmstart"] if params.train.needs_reference else []
     files = {
         "prepare": (sorted(local_files(params.prepare)), ["data/problems", "data/problems.manifest.json"]),
         "warmstart": (
@@ -59,7 +60,7 @@ def render(params: Params) -> str:
         # CAPO finds the tokens of a step with the policy's tokenizer, which is that of the warm start.
         "advantage": ([rollouts, orm, prm, "artifacts/warmstart"], _with_manifest(advantages)),
         "train": (
-            [rollouts, advantages, "${item.policy}", "${item.state}"],
+            [rollouts, advantages, "${item.policy}", "${item.state}", *reference],
             [f"{round_}/policy", f"{round_}/trainer", f"{round_}/policy.manifest.json"],
         ),
         "evaluate": (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
@@ -19,12 +19,13 @@ from papo.core.alarms import Alarm, Limits, fired
 from papo.core.compare import Comparison, compare
 from papo.core.explain import Group, Settings, Why, explain
 from papo.core.groups import BoolArray, FloatArray
+from papo.core.overlong import overlong_penalties
 from papo.core.peers import trl_gdpo, verl_gdpo
 from papo.engines.tokenizer import TokenizerAligner
 from papo.errors import DataError, MissingInputError, ParamsError, UserError
 from papo.params import AdvantageParams, AlarmsParams, Variant
 from papo.schemas import ADVANTAGES, ORM, PRM, ROLLOUTS
-from papo.stages.advantage import by_tokens
+from papo.stages.advantage import by_tokens, penalties_of
 from papo.stages.rows import check_aligned, of_problems
 from papo.store.layout import Workspace, manifest_path
 from papo.store.manifest import Manifest
@@ -32,6 +33,9 @@ from papo.store.tables import read_columns, read_rows
 
 STORED = 1e-6
 """Relative distance below which advantages stored as float32 are one value."""
+
+ALIKE = ("lam", "scale", "eps", "guard", "overlong")
+"""Settings that variants are compared under."""
 
 # What `explain` shows beside the stored advantage.
 PEER_VARIANTS = ("orm", "mult", "fullnorm")
@@ -184,8 +188,25 @@ def read_round(workspace: Workspace, number: int) -> ScoredRound:
     )
     check_aligned(orm, prm, prm_path)
     check_aligned(orm, advantages, advantages_path)
-    params = Manifest.read(advantages_path).params
-    return ScoredRound(number, orm, prm, advantages, Settings(**{name: params[name] for name in Settings._fields}))
+    settings = _settings(Manifest.read(advantages_path).params)
+    return ScoredRound(number, orm, prm, advantages, settings)
+
+
+def _settings(params: Mapping[str, Any]) -> Settings:
+    """Those of a section `advantage`; one that was stored before there was `overlong` has none."""
+    overlong = params.get("overlong")
+    return Settings(
+        **{name: params[name] for name in Settings._fields if name != "overlong"},
+        overlong=(overlong["buffer"], overlong["factor"]) if overlong is not None else None,
+    )
+
+
+def _rollouts(workspace: Workspace, scored: ScoredRound, *columns: str) -> list[dict[str, Any]]:
+    """The rollouts of a round, in the order of its scores."""
+    path = workspace.table(scored.number, "rollouts")
+    rollouts = read_columns(path, ROLLOUTS, "problem_id", "sample_index", "completion_ids", "max_new_tokens", *columns)
+    check_aligned(rollouts, scored.orm, workspace.table(scored.number, "orm"))
+    return rollouts
 
 
 # ---- other variants from the same scores ----
@@ -208,7 +229,7 @@ def check_variant(variant: str, *, comparing: bool) -> None:
 def rederive(
     params: AdvantageParams, workspace: Workspace, *, variant: str = "all", round_: int | None = None
 ) -> Rederivation:
-    """One variant, or all, of one round, or all, from the stored scores, with lam, scale, eps and guard of `params`.
+    """One variant, or all, of one round, or all, from the stored scores, with lam, scale, eps, guard and overlong of `params`.
 
     `capo` is not one of all: it needs the wrong steps by a judge that names them, and is compared by the means over tokens.
 
@@ -235,13 +256,13 @@ def rederive(
 def _total(params: AdvantageParams, workspace: Workspace, scored: ScoredRound, variant: str) -> FloatArray:
     """(N,) advantages; in `capo` means over the tokens."""
     if variant != "capo":
+        penalties = None if params.overlong is None else penalties_of(params, _rollouts(workspace, scored))
         return compute_advantages(
             scored.outcomes, scored.processes, scored.problem_ids,
             variant=variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=_guard(params, variant),
+            penalties=penalties,
         ).total  # fmt: skip
-    path = workspace.table(scored.number, "rollouts")
-    rollouts = read_columns(path, ROLLOUTS, "problem_id", "sample_index", "completion", "completion_ids")
-    check_aligned(rollouts, scored.orm, workspace.table(scored.number, "orm"))
+    rollouts = _rollouts(workspace, scored, "completion")
     aligner = TokenizerAligner(workspace.warmstart / "tokenizer.json")
     return by_tokens(params, rollouts, scored.orm, scored.prm, workspace.table(scored.number, "prm"), aligner).total
 
@@ -273,13 +294,16 @@ def _guard(params: AdvantageParams, variant: str) -> str:
 
 def _described(stored: Settings, params: AdvantageParams) -> str:
     """The stored variant, and what else of its settings is not what is compared with it."""
-    other = [name for name in ("lam", "scale", "eps", "guard") if getattr(stored, name) != getattr(params, name)]
+    given = _settings(params.model_dump())
+    other = [name for name in ALIKE if getattr(stored, name) != getattr(given, name)]
     return f"{stored.variant} {stored.words(*other)}" if other else stored.variant
 
 
 def _notes(params: AdvantageParams, variants: Sequence[str], asked: str, missing: int, not_asked: int) -> list[str]:
-    used = Settings(**{name: getattr(params, name) for name in Settings._fields})
-    notes = [f"computed with {used.words('lam', 'scale', 'eps', 'guard')}"]
+    used = _settings(params.model_dump())
+    notes = [
+        f"computed with {used.words(*(name for name in ALIKE if name != 'overlong' or params.overlong is not None))}"
+    ]
     unguarded = [name for name in variants if _guard(params, name) != params.guard]
     if unguarded:
         notes.append(f"{' and '.join(unguarded)}: without the guard, as there is no outcome advantage to rank by")
@@ -309,9 +333,8 @@ def explain_problem(workspace: Workspace, prefix: str, *, round_: int | None = N
     rounds = [number for number, ids in known.items() if problem in ids]
     number = rounds[-1] if round_ is None else round_
     scored = read_round(workspace, number)
-    path = workspace.table(number, "rollouts")
-    rollouts = read_columns(path, ROLLOUTS, "problem_id", "sample_index", "prompt", "completion", "completion_ids")
-    check_aligned(rollouts, scored.orm, workspace.table(number, "orm"))
+    rollouts = _rollouts(workspace, scored, "prompt", "completion")
+    penalties = _penalties(scored.settings, rollouts)
     rows = [at for at, name in enumerate(scored.problem_ids) if name == problem]
     return Explained(
         problem_id=problem,
@@ -322,14 +345,24 @@ def explain_problem(workspace: Workspace, prefix: str, *, round_: int | None = N
         judge=", ".join(dict.fromkeys(scored.prm[rows[0]][name] for name in ("judge", "rubric"))),
         settings=scored.settings,
         token_level=any(scored.advantages[at]["token_advantages"] for at in rows),
-        responses=_responses(scored, rollouts, rows),
-        why=explain(_group(scored, rows), scored.settings),
+        responses=_responses(scored, rollouts, rows, penalties),
+        why=explain(_group(scored, rows, penalties), scored.settings),
     )
 
 
-def _responses(scored: ScoredRound, rollouts: list[dict[str, Any]], rows: list[int]) -> list[Response]:
+def _penalties(settings: Settings, rollouts: list[dict[str, Any]]) -> FloatArray:
+    """(N,) penalties for length; 0 without `overlong`."""
+    if settings.overlong is None:
+        return np.zeros(len(rollouts))
+    lengths, limits = [len(row["completion_ids"]) for row in rollouts], [row["max_new_tokens"] for row in rollouts]
+    return overlong_penalties(lengths, limits, *settings.overlong)
+
+
+def _responses(
+    scored: ScoredRound, rollouts: list[dict[str, Any]], rows: list[int], penalties: FloatArray
+) -> list[Response]:
     lengths = [len(row["completion_ids"]) for row in rollouts]
-    peers = _peers(scored, lengths)
+    peers = _peers(scored, lengths, penalties)
     orm, prm = scored.outcomes, scored.processes
     parts = [scored.advantage(name) for name in ("outcome_advantage", "process_advantage", "advantage")]
     return [
@@ -353,13 +386,16 @@ def _responses(scored: ScoredRound, rollouts: list[dict[str, Any]], rows: list[i
     ]
 
 
-def _peers(scored: ScoredRound, lengths: Sequence[int]) -> dict[str, FloatArray]:
-    """What the variants of PEER_VARIANTS and two libraries make of the whole round, with the stored settings and no guard."""
+def _peers(scored: ScoredRound, lengths: Sequence[int], penalties: FloatArray) -> dict[str, FloatArray]:
+    """What the variants of PEER_VARIANTS and two libraries make of the whole round, with the stored settings and no guard.
+
+    The libraries are given the scores alone, without penalties.
+    """
     settings, ids = scored.settings, scored.problem_ids
     orm, prm = scored.outcomes, scored.processes
     peers = {
         name: compute_advantages(
-            orm, prm, ids, variant=name, lam=settings.lam, scale=settings.scale, eps=settings.eps
+            orm, prm, ids, variant=name, lam=settings.lam, scale=settings.scale, eps=settings.eps, penalties=penalties
         ).total
         for name in PEER_VARIANTS
     }  # fmt: skip
@@ -369,7 +405,7 @@ def _peers(scored: ScoredRound, lengths: Sequence[int]) -> dict[str, FloatArray]
     }
 
 
-def _group(scored: ScoredRound, rows: list[int]) -> Group:
+def _group(scored: ScoredRound, rows: list[int], penalties: FloatArray) -> Group:
     return Group(
         orm=scored.outcomes[rows],
         prm=scored.processes[rows],
@@ -378,6 +414,7 @@ def _group(scored: ScoredRound, rows: list[int]) -> Group:
         total=scored.advantage("advantage")[rows],
         orm_statuses=[scored.orm[at]["status"] for at in rows],
         prm_statuses=[scored.prm[at]["status"] for at in rows],
+        penalties=penalties[rows],
     )
 
 

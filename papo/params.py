@@ -546,6 +546,18 @@ class ScorePrmParams(_Section):
         return self.model_dump(mode="json", include={**dict.fromkeys(kept, True), "model": asked})
 
 
+class OverlongParams(_Section):
+    """A penalty on the outcome of responses near the limit rollout.max_new_tokens; which are correct stays by the outcome alone."""
+
+    buffer: int = Field(ge=1, description="Tokens before the limit over which the penalty rises from 0 to factor.")
+    factor: float = Field(
+        0.5,
+        gt=0.0,
+        le=100.0,
+        description="Penalty at the limit. The outcome is 0 or 1: 0.5 is DAPO's 1 for rewards of -1 and 1.",
+    )
+
+
 class AdvantageParams(_Section):
     """Decoupled advantages: arXiv 2603.26535, Eq. 3 to 5, and its variants."""
 
@@ -556,6 +568,9 @@ class AdvantageParams(_Section):
     guard: Literal["none", "rank"] = "none"
     w_whole: float = Field(2.0, gt=0.0, le=100.0, description="capo only: weight of the outcome in a token's reward.")
     w_proc: float = Field(1.0, ge=0.0, le=100.0, description="capo only: weight of a token's debit, at most w_whole.")
+    overlong: OverlongParams | None = Field(
+        None, description="Penalty for length; in prm and mult on their one reward. null: none."
+    )
 
     @model_validator(mode="after")
     def _capo(self) -> AdvantageParams:
@@ -576,21 +591,121 @@ class AdvantageParams(_Section):
             raise ValueError(f"guard rank has no outcome advantage to rank by in variant {self.variant}")
         return self
 
+    @model_validator(mode="after")
+    def _guarded(self) -> AdvantageParams:
+        if self.guard == "rank" and self.overlong is not None and self.overlong.factor > 0.9:
+            raise ValueError(
+                f"guard rank needs overlong.factor 0.9 or less, got {self.overlong.factor:g}: a correct response at the limit has to be "
+                "worth more than a wrong one"
+            )
+        return self
+
+
+class ScheduleParams(_Section):
+    """How the learning rate goes from round to round: by the share of `rounds` that is done, so that a restart changes nothing."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_rounds: float = Field(0.0, ge=0.0, description="Rounds, or a part of one, over which it rises from 0.")
+    rounds: int | None = Field(None, ge=1, description="linear, cosine: after which it is at its floor.")
+    floor: Share = Field(0.0, description="linear, cosine: share of learning_rate at the end.")
+
+    @model_validator(mode="after")
+    def _ends(self) -> ScheduleParams:
+        if self.kind != "constant" and (self.rounds is None or self.warmup_rounds >= self.rounds):
+            raise ValueError(f"kind {self.kind} needs rounds, and more of them than warmup_rounds")
+        return self
+
+
+class KlParams(_Section):
+    """Penalty on the distance from the warm start: coefficient x KL, fixed or adapted to a target."""
+
+    coefficient: float = Field(0.0, ge=0.0)
+    target: float | None = Field(None, gt=0.0, description="KL a token, in nats, to which the coefficient is adapted.")
+    horizon: int = Field(
+        10_000, ge=1, description="target: responses over which the coefficient may change by a fifth."
+    )
+
+    @model_validator(mode="after")
+    def _starts(self) -> KlParams:
+        if self.target is not None and self.coefficient == 0.0:
+            raise ValueError("target needs a coefficient to start from, such as 0.01")
+        return self
+
+
+class LoraParams(_Section):
+    """Low-rank adapters in place of all weights; the policy that is written has them merged."""
+
+    rank: int = Field(16, ge=1, le=4096)
+    alpha: float = Field(32.0, gt=0.0, description="The adapters' product counts alpha / rank.")
+    targets: list[str] | Literal["all-linear"] = Field("all-linear", description="Modules by the end of their names.")
+
+
+class DevicesParams(_Section):
+    """Over how many processes, a device each, training is spread, by accelerate."""
+
+    processes: int = Field(1, ge=1, le=1024)
+    kind: Literal["ddp", "fsdp", "deepspeed"] = Field(
+        "ddp", description="ddp: whole weights on each; fsdp: sharded; deepspeed: ZeRO."
+    )
+    zero_stage: Literal[1, 2, 3] = Field(2, description="deepspeed only.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one.")
+
 
 class TrainParams(_Section):
-    """One pass over the advantages of a round."""
+    """One pass over the advantages of a round. docs/training.md has the equations."""
 
     learning_rate: float = Field(1e-4, gt=0.0, le=1.0)
+    schedule: ScheduleParams = ScheduleParams()
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: float = Field(0.01, ge=0.0)
     max_grad_norm: float = Field(1.0, gt=0.0)
     clip_low: float = Field(0.2, gt=0.0, lt=1.0)
     clip_high: float = Field(0.28, gt=0.0)
-    loss: Literal["token_mean", "sequence_mean"] = "token_mean"
+    dual_clip: float | None = Field(
+        None, gt=1.0, description="Where the advantage is negative, the most that a ratio counts."
+    )
+    loss: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
+    importance: Literal["none", "token", "sequence"] = Field(
+        "none",
+        description="Weight by pi_trainer / pi_sampler before the first step; clipping is against the trainer's then.",
+    )
+    importance_cap: float = Field(2.0, gt=0.0, description="The most that such a weight may be.")
+    kl: KlParams = KlParams()
+    entropy_bonus: float = Field(0.0, ge=0.0)
+    mask_truncated: bool = Field(False, description="Leave out responses that the limit on new tokens cut off.")
     minibatch_prompts: int = Field(16, ge=1, description="Prompts in one optimizer step.")
-    microbatch: int = Field(128, ge=1, description="Responses in one forward pass.")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    microbatch_tokens: int = Field(2048, ge=1, description="Tokens, padding included, in one forward pass.")
+    skip_zero: bool = Field(True, description="No forward pass for responses that give no gradient.")
+    share_prompts: bool = Field(True, description="The prompt of several responses is computed once.")
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto", description="One sequence without padding; auto: where the attention takes it without a dense mask."
+    )
+    attention: str | None = Field(None, description="As transformers' attn_implementation; null: as it chooses.")
+    logits_mb: int | None = Field(64, ge=1, description="MiB of logits that exist at a time; null: no limit.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the forward pass; weights are float32.")
     gradient_checkpointing: bool = False
+    lora: LoraParams | None = None
+    devices: DevicesParams = DevicesParams()
+    save_minutes: float = Field(10.0, ge=0.0, description="How often a round under way is saved; 0: after each step.")
+    max_broken_steps: int = Field(3, ge=1, description="Steps without a finite gradient, after which the stage stops.")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the warm start takes part, beside the policy that sampled."""
+        return self.kl.coefficient > 0.0 or self.lora is not None
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainParams:
+        if self.lora is not None and (self.devices.processes > 1 and self.devices.kind != "ddp"):
+            raise ValueError(
+                f"lora goes with devices.kind ddp, not {self.devices.kind}: adapters are small enough for each process"
+            )
+        if self.optimizer == "adamw_8bit" and (self.devices.processes > 1 and self.devices.kind != "ddp"):
+            raise ValueError(
+                f"optimizer adamw_8bit goes with devices.kind ddp, not {self.devices.kind}, which shards the moments"
+            )
+        return self
 
 
 class EvaluateParams(_Section):
@@ -687,6 +802,11 @@ class Params(_Section):
             raise ValueError(
                 f"rollout.prompts_per_round ({self.rollout.prompts_per_round}) must be a multiple of "
                 f"train.minibatch_prompts ({self.train.minibatch_prompts})"
+            )
+        overlong, limit = self.advantage.overlong, self.rollout.max_new_tokens
+        if overlong is not None and overlong.buffer >= limit:
+            raise ValueError(
+                f"advantage.overlong.buffer ({overlong.buffer}) must be below rollout.max_new_tokens ({limit}), of which it is the end"
             )
         made = self.benchmarks_made
         for name in self.evaluate.benchmarks:

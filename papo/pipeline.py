@@ -258,6 +258,17 @@ def check_judge(params: Params, workspace: Workspace, context: Context) -> None:
         _judge(params, workspace, context, round_=0, variant=params.advantage.variant).check()
 
 
+def check_trainer(params: Params) -> None:
+    """For the start of a run, hours before it trains.
+
+    Raises:
+        ParamsError, SetupError: what `train` asks for cannot be had here.
+    """
+    from papo.engines import training
+
+    training.check_trainer(params.train)
+
+
 def check_sampler(params: Params, workspace: Workspace, context: Context) -> None:
     """For the start of a run, before the warm start is made.
 
@@ -288,7 +299,7 @@ def _advantage(params: Params, workspace: Workspace, context: Context, round_: i
 
 
 def _train(params: Params, workspace: Workspace, context: Context, round_: int) -> Manifest:
-    from papo.engines.trainer import GrpoTrainer
+    from papo.engines.training import make_trainer
 
     inputs = train.Inputs(
         round=round_,
@@ -297,9 +308,17 @@ def _train(params: Params, workspace: Workspace, context: Context, round_: int) 
         advantages=workspace.table(round_, "advantages"),
         policy=workspace.policy(round_ - 1),
         state=workspace.trainer(round_ - 1) if round_ else None,
+        reference=workspace.warmstart if params.train.needs_reference else None,
         temperature=params.rollout.temperature,
+        max_new_tokens=params.rollout.max_new_tokens,
     )
-    engine = GrpoTrainer(params.train, temperature=params.rollout.temperature, seed=params.run.seed)
+    engine = make_trainer(
+        params.train,
+        temperature=params.rollout.temperature,
+        max_new_tokens=params.rollout.max_new_tokens,
+        seed=params.run.seed,
+        warn=context.warn,
+    )
     return train.run(params.train, _there(inputs, workspace), workspace.policy(round_), engine=engine, context=context)
 
 

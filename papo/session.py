@@ -22,7 +22,7 @@ from papo.core.costs import model_asked, totals
 from papo.engines.protocols import Tracker
 from papo.engines.versioning import Dvc, git_commit
 from papo.params import Params
-from papo.pipeline import Step, check_judge, check_sampler, final_round, lineage, make_ahead, run_step
+from papo.pipeline import Step, check_judge, check_sampler, check_trainer, final_round, lineage, make_ahead, run_step
 from papo.store.files import digest, read_json
 from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
@@ -103,6 +103,7 @@ class Session:
             self._dvc.check()
         self._lock.__enter__()
         try:
+            check_trainer(self.params)
             check_sampler(self.params, self.workspace, self.context)
             check_judge(self.params, self.workspace, self.context)
             for line in length_warnings(self.params, self.workspace):

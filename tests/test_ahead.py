@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 from collections import Counter
@@ -18,7 +19,7 @@ from papo.ahead import Ahead
 from papo.cli import main
 from papo.engines.protocols import JudgeItem, Judgement, Progress, Verdict, VerifyItem
 from papo.errors import ServerDownError
-from papo.params import AdvantageParams, ScoreOrmParams, load_params
+from papo.params import AdvantageParams, OverlongParams, ScoreOrmParams, load_params
 from papo.pipeline import Step, make_ahead, run_step
 from papo.schemas import ADVANTAGES, ORM, PRM, ROLLOUTS, TRIED
 from papo.stages import score_orm
@@ -140,6 +141,21 @@ def test_groups_are_scored_as_the_stages_score_them(tables: Any, variant: str) -
     else:
         assert advantages[0] == advantages[1] > 0 > advantages[2]
     assert sum(advantages[4:]) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_groups_are_scored_with_the_penalty_for_length(tables: Any) -> None:
+    """The wrong ones of a group have an advantage, too, where their lengths differ: its group is not dropped."""
+    params = AdvantageParams(variant="orm", overlong=OverlongParams(buffer=4))
+    lengths = [2, 2, 2, 2, 2, 6, 8, 8]
+    rows = [row | {"completion_ids": [5] * length} for row, length in zip(tables.groups, lengths, strict=True)]
+    rows[4] |= {"completion": "bad, and short"}
+    with Ahead(tables.problems(), params, Verifier(), None) as ahead:
+        ahead.add(rows)
+        found = ahead.score(rows)
+    assert [outcome for outcome, _ in found[4:]] == [0, 0, 0, 0]
+    # Penalties 0, 1/4, 1/2, 1/2 have mean 5/16; deviations 5, 1, -3, -3 sixteenths, whose squares sum to 44/256.
+    expected = [deviation / 16 / math.sqrt(44 / 256 / 3) for deviation in (5, 1, -3, -3)]
+    assert [advantage for _, advantage in found[4:]] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_judge_that_fails_is_left_to_the_stage_and_stops_who_needs_the_advantages(tables: Any) -> None:

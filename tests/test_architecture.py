@@ -109,7 +109,7 @@ ENGINES = {
     "score_orm": ["papo.engines.verifiers", "papo.engines.second_opinion"],
     "score_prm": ["papo.engines.judges"],
     "advantage": ["papo.engines.tokenizer"],
-    "train": ["papo.engines.trainer"],
+    "train": ["papo.engines.training"],
     "evaluate": ["papo.engines.samplers", "papo.engines.verifiers"],
     "report": [],
 }

@@ -24,7 +24,7 @@ from papo.cli import STAGE_HELP, main
 from papo.core.advantages import VARIANTS
 from papo.engines.serving import answers, free_port
 from papo.pipeline import ROUND_STAGES, STAGES
-from papo.schemas import ORM, ROLLOUTS, VERDICTS
+from papo.schemas import ADVANTAGES, ORM, ROLLOUTS, VERDICTS
 from papo.store.files import digest
 from papo.store.layout import Workspace
 from papo.store.lock import exclusive
@@ -465,7 +465,7 @@ def long_checkout(started_checkout: Path) -> Path:
     for tier in params["prepare"]["sums"]["eval"].values():
         tier["problems"] = 8
     params["rollout"] |= {"prompts_per_round": 24, "prompts_per_shard": 1}
-    params["train"] |= {"minibatch_prompts": 1}
+    params["train"] |= {"minibatch_prompts": 1, "save_minutes": 0.0}
     params["evaluate"] |= {"problems_per_shard": 1}
     Path("params.yaml").write_text(yaml.safe_dump(params))
     shutil.rmtree("artifacts/rounds")
@@ -493,6 +493,8 @@ def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(
     shards = long_checkout / ".papo" / "work"
     if stage in ("rollout", "evaluate"):
         wait_until(has_shards(shards), process)
+    elif stage == "train":
+        wait_until(lambda: any(shards.glob("train-0-*/step-*")), process)
     else:
         wait_until(has_folders(scratch), process)
         # Into the training: what is compiled before it has many objects with a `__del__`, in which Python ignores an interrupt.
@@ -563,3 +565,67 @@ def test_stored_verdicts_are_counted_copied_and_verified(checkout: Path, capsys:
     path.write_text("no database")
     assert main(["judge-cache", "verify"]) == 1
     assert main(["judge-cache", "stats"]) == 2
+
+
+PAPER = str(Path(__file__).parents[1] / "infra/presets/paper-qwen2.5-7b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--preset", PAPER], ["a GPU that torch can use", "train.devices.device = cuda", "the package flash-attn"]),
+        (["--set", "train.devices.device=cuda"], ["a GPU that torch can use", "where: train.devices.device = cuda"]),
+        (["--set", "train.attention=flash"], ["there is no attention 'flash'", "where: train.attention", "sdpa"]),
+    ],
+)  # fmt: skip
+def test_training_that_this_machine_cannot_do_is_refused_before_anything_is_made(
+    checkout: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    said: list[str],
+) -> None:
+    monkeypatch.setattr("papo.engines.training.checks._gpu", lambda: False)
+    assert main(["run", "--no-dvc", *options, "--set", "tracking.enabled=false"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("papo: ") == 1
+    for text in said:
+        assert text in error
+    assert tree(checkout) == {"params.yaml": digest(checkout / "params.yaml")}
+
+
+def test_train_alone_says_what_the_machine_lacks(
+    started_checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("papo.engines.training.checks._gpu", lambda: False)
+    for stage in ("score-orm", "score-prm", "advantage"):
+        assert main([stage, "--round", "0"]) == 0
+    before = tree(started_checkout)
+    assert main(["train", "--round", "0", "--set", "train.devices.device=cuda"]) == 2
+    assert "where: train.devices.device = cuda" in capsys.readouterr().err
+    assert tree(started_checkout) == before
+
+
+def test_the_last_good_policy_of_a_stage_that_stopped_can_be_evaluated(
+    started_checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("score-orm", "score-prm", "advantage"):
+        assert main([stage, "--round", "0"]) == 0
+    here = Workspace(started_checkout)
+    rollouts, advantages = (
+        read_rows(here.table(0, "rollouts"), ROLLOUTS),
+        read_rows(here.table(0, "advantages"), ADVANTAGES),
+    )
+    rollouts[0]["logprobs"] = [-300.0] * len(rollouts[0]["logprobs"])
+    advantages[0] |= {"advantage": -1.0, "token_advantages": None}
+    write_rows(here.table(0, "rollouts"), ROLLOUTS, rollouts)
+    write_rows(here.table(0, "advantages"), ADVANTAGES, advantages)
+    one = ["--set", "train.minibatch_prompts=1", "--set", "train.max_broken_steps=1"]
+    assert main(["train", "--round", "0", *one]) == 1
+    error = capsys.readouterr().err
+    name = f"{rollouts[0]['problem_id']}/{rollouts[0]['sample_index']}"
+    assert f"papo: loss or gradient are not finite in 1 of 2 steps: step 1 by {name}" in error
+    assert not here.policy(0).exists()
+    (good,) = here.work.glob("work/train-0-*/last_good")
+    assert main(["evaluate", "--policy", str(good), "--benchmark", "sums-in-range", "--k", "1"]) == 0
+    assert (here.comparisons / "last_good/metrics.json").is_file()

@@ -18,10 +18,11 @@ from papo.core.explain import Settings
 from papo.core.peers import trl_gdpo, verl_gdpo
 from papo.errors import DataError, MissingInputError, ParamsError, UserError
 from papo.inspection import check_variant, explain_problem, read_round, rederive, stored_rounds
-from papo.params import AdvantageParams
+from papo.params import AdvantageParams, OverlongParams
 from papo.schemas import ADVANTAGES, problem_id
 from papo.stages import advantage
-from papo.store.layout import Workspace
+from papo.store.files import read_json, write_json
+from papo.store.layout import Workspace, manifest_path
 from papo.store.tables import read_rows, write_rows
 
 NAN = math.nan
@@ -119,6 +120,37 @@ def test_the_guard_where_a_variant_takes_it(workspace: Workspace, make_round: An
     assert "convex is left out: it needs lam between 0 and 1, and lam is 2" in found.notes
     assert "convex" not in inversions
     assert {row.stored for row in found.rows} == {"papo lam=1 guard=none"}
+
+
+OVERLONG = AdvantageParams(overlong=OverlongParams(buffer=4, factor=0.5))
+# Of 2 to 9 tokens under a limit of 8.
+PENALTIES = [0.0, 0.0, 0.0, -0.125, -0.25, -0.375, -0.5, -0.5]
+
+
+def test_variants_are_compared_under_one_penalty_for_length(workspace: Workspace, make_round: Any) -> None:
+    make_round(0, params=OVERLONG)
+    make_round(1)
+    found = rederive(OVERLONG, workspace)
+    assert found.notes[0] == (
+        "computed with lam=1 scale=std eps=1e-06 guard=none overlong.buffer=4 overlong.factor=0.5"
+    )
+    assert {row.round: row.stored for row in found.rows} == {0: "papo", 1: "papo overlong=null"}
+    (same,) = [row for row in found.rows if row.round == 0 and row.variant == "papo"]
+    assert same.changes == Comparison(8, 0, 0, 0, 0, 0)
+    (other,) = [row for row in found.rows if row.round == 1 and row.variant == "papo"]
+    assert other.changes.sign_changed + other.changes.rank_changed > 0
+    without = rederive(AdvantageParams(), workspace, variant="papo", round_=0)
+    assert [row.stored for row in without.rows] == ["papo overlong.buffer=4 overlong.factor=0.5"]
+
+
+def test_a_round_that_was_stored_before_there_was_a_penalty_is_read(workspace: Workspace, make_round: Any) -> None:
+    make_round()
+    path = manifest_path(workspace.table(0, "advantages"))
+    manifest = read_json(path)
+    del manifest["params"]["overlong"]
+    write_json(path, manifest)
+    assert read_round(workspace, 0).settings.overlong is None
+    assert rederive(AdvantageParams(), workspace, variant="papo").rows[0].stored == "papo"
 
 
 def test_nothing_is_written(workspace: Workspace, make_round: Any) -> None:
@@ -224,6 +256,24 @@ def test_the_peers_see_the_whole_round(workspace: Workspace, make_round: Any) ->
     }
     for at, response in enumerate(explain_problem(workspace, SECOND).responses, start=4):
         assert response.peers == pytest.approx({name: values[at] for name, values in expected.items()})
+
+
+def test_a_penalty_for_length_is_explained(workspace: Workspace, make_round: Any) -> None:
+    make_round(params=OVERLONG)
+    found = explain_problem(workspace, SECOND)
+    assert found.settings.overlong == (4, 0.5)
+    assert [sentence.split("; ")[1] for sentence in found.why.responses] == [
+        f"its length costs {cost} of its reward" for cost in ("0.25", "0.375", "0.5", "0.5")
+    ]
+    assert "4 of 4 lose some of their reward for their length; their verdicts stay" in found.why.group
+    assert not any("length" in sentence for sentence in explain_problem(workspace, FIRST).why.responses[:3])
+    ids = [FIRST] * 4 + [SECOND] * 4
+    orm, prm = np.array(ORM, dtype=float), np.array(PRM, dtype=float)
+    expected = compute_advantages(orm, prm, ids, variant="orm", penalties=PENALTIES).total
+    assert [response.peers["orm"] for response in found.responses] == pytest.approx(expected[4:].tolist())
+    assert [response.peers["GDPO, TRL"] for response in found.responses] == pytest.approx(
+        trl_gdpo(orm, prm, ids, lam=1.0)[4:].tolist()
+    )
 
 
 def test_the_last_round_that_has_it(workspace: Workspace, make_round: Any) -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from papo.core.advantages import GUARDED_PENALTY
 from papo.errors import ParamsError
 from papo.params import PRESETS, Params, load_params
 
@@ -194,3 +195,38 @@ def test_overrides_beat_the_preset_and_the_preset_the_file(tmp_path: Path) -> No
     preset.write_text(yaml.safe_dump({"advantage": {"lam": 0.25, "guard": "rank"}}))
     params = load_params(ROOT / "params.yaml", preset=preset, overrides=["advantage.lam=0.75"])
     assert (params.advantage.lam, params.advantage.guard, params.advantage.variant) == (0.75, "rank", "papo")
+
+
+def test_a_penalty_for_length_is_off_until_its_buffer_is_set() -> None:
+    assert load_params(ROOT / "params.yaml").advantage.overlong is None
+    params = load_params(ROOT / "params.yaml", overrides=["advantage.overlong.buffer=95", "advantage.guard=rank"])
+    assert params.advantage.overlong is not None
+    assert (params.advantage.overlong.buffer, params.advantage.overlong.factor) == (95, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["advantage.overlong.buffer=0"], "advantage.overlong.buffer: input should be greater than or equal to 1"),
+        (["advantage.overlong.buffer=96"], r"buffer \(96\) must be below rollout.max_new_tokens \(96\)"),
+        (["advantage.overlong.buffer=9", "rollout.max_new_tokens=8"], r"buffer \(9\) must be below .* \(8\)"),
+        (["advantage.overlong={buffer: 8, factor: 0}"], "advantage.overlong.factor: input should be greater than 0"),
+        (["advantage.overlong={factor: 1.0}"], "advantage.overlong.buffer: field required"),
+        (["advantage.overlong={bufer: 8}"], "did you mean advantage.overlong.buffer"),
+        (
+            ["advantage.overlong={buffer: 8, factor: 1}", "advantage.guard=rank"],
+            "guard rank needs overlong.factor 0.9 or less, got 1",
+        ),
+    ],
+)
+def test_an_impossible_penalty_for_length_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        load_params(ROOT / "params.yaml", overrides=overrides)
+
+
+def test_the_largest_penalty_that_the_guard_takes_is_that_of_the_advantages() -> None:
+    at_most = [f"advantage.overlong={{buffer: 8, factor: {GUARDED_PENALTY}}}", "advantage.guard=rank"]
+    load_params(ROOT / "params.yaml", overrides=at_most)
+    above = [f"advantage.overlong={{buffer: 8, factor: {GUARDED_PENALTY + 1e-9}}}", "advantage.guard=rank"]
+    with pytest.raises(ParamsError, match="guard rank needs"):
+        load_params(ROOT / "params.yaml", overrides=above)

@@ -66,7 +66,7 @@ def test_make_demo_smollm2_asks_for_params_that_are_valid(data: str, monkeypatch
 @pytest.mark.slow
 @pytest.mark.skipif(not MODEL.is_dir(), reason="models/smollm2-135m is not there; `make demo-smollm2` puts it in place")
 def test_a_round_with_a_real_model_from_its_chat_template_to_a_training_step(tmp_path: Path) -> None:
-    small = ("run.rounds=1", "rollout.prompts_per_round=4", "train.minibatch_prompts=4", "train.microbatch=4")
+    small = ("run.rounds=1", "rollout.prompts_per_round=4", "train.minibatch_prompts=4", "train.microbatch_tokens=512")
     params = params_of("smollm2-135m", f"warmstart.checkpoint={MODEL}", *small)
     workspace = Workspace(tmp_path)
     before = [step for step in steps(params) if step.stage not in ("evaluate", "report")]

@@ -8,6 +8,9 @@ For a prompt with G responses, outcome reward r_out in {0, 1}, process reward r_
 
 The ablations of the paper and its peers differ only in which process scores enter Eq. 4 and in the two weights of
 Eq. 5, so that they are one function here.
+
+A penalty on the reward, such as one for length (`papo.core.overlong`), is added to r_out in Eq. 3 and never moves C, which stays by the
+outcome alone.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from papo.core.groups import (
     FloatArray,
     IndexArray,
     as_outcomes,
+    as_penalties,
     as_scores,
     extreme,
     group_index,
@@ -39,6 +43,12 @@ GUARDS = ("none", "rank")
 
 RANK_MARGIN = 1e-3
 """Share of the gap between right and wrong that `guard="rank"` keeps free: the order then survives float32 storage."""
+
+GUARDED_PENALTY = 0.9
+"""The most that a penalty may be under `guard="rank"`: a penalised correct response is then still worth more than any wrong one."""
+
+ONE_REWARD = ("prm", "mult")
+"""Variants with one reward, which a penalty is added to."""
 
 
 class Advantages(NamedTuple):
@@ -59,6 +69,7 @@ def compute_advantages(
     scale: str = "std",
     eps: float = 1e-6,
     guard: str = "none",
+    penalties: npt.ArrayLike | None = None,
 ) -> Advantages:
     """Turn the scores of N responses into advantages (arXiv 2603.26535, Eq. 3-5).
 
@@ -75,6 +86,11 @@ def compute_advantages(
         convex    N(r_proc | correct)                       lam * outcome + (1 - lam) * process
 
     Standard deviations are unbiased (ddof = 1).
+
+    With `penalties` p, `outcome` is N(r_out + p | all) in every variant, and the one reward of `prm` and `mult` has p added:
+    N(r_proc + p | all) and N(r_out * r_proc + p | all). No other process part, no set of responses and nothing that is missing
+    changes. Where all outcomes of a group are equal, differences of p alone are normalised, however small, unless scale is `mean_only`.
+    `lam_max` is no bound then, as a penalty narrows the gap between right and wrong.
 
     Degenerate cases:
         Fewer than two scores, or a std <= eps: N is exactly 0.0, also for equal scores such as 2/3 whose mean rounds.
@@ -95,20 +111,29 @@ def compute_advantages(
         guard: `none`, or `rank`: in a group where a correct response would come within RANK_MARGIN of the gap between
             correct and wrong A_out of a wrong one, or fall below it, the process part of the whole group is multiplied
             by the largest factor that keeps this distance. Every correct response then strictly outranks every wrong
-            one, for any lam and G. Other groups are left as they are.
+            one, for any lam and G, and whatever the penalties, which may not be more than GUARDED_PENALTY. Other groups are
+            left as they are.
+        penalties: (N,) finite numbers, 0 or below, such as `overlong_penalties` gives; None for none.
 
     Raises:
-        DataError: lengths differ, a score is infinite, an outcome is not binary, an id is missing.
-        ParamsError: an unknown or impossible setting; `guard="rank"` where the outcome has no weight to rank by.
+        DataError: lengths differ, a score is infinite, an outcome is not binary, an id is missing, a penalty is missing or above 0.
+        ParamsError: an unknown or impossible setting; `guard="rank"` where the outcome has no weight to rank by, or a penalty is too
+            large for it.
     """
     weights = _checked_weights(variant, lam, scale, eps, guard)
     orm = as_outcomes(orm_scores, "orm_scores")
     prm = as_scores(prm_scores, "prm_scores", length=orm.size)
     index, groups = group_index(group_ids, length=orm.size)
 
+    penalty = as_penalties(penalties, length=orm.size)
+    if guard == "rank":
+        _check_guarded(penalty)
+
     known, correct = ~np.isnan(orm), orm == 1.0
-    outcome = group_normalise(orm, known, index, groups, scale=scale, eps=eps)
+    outcome = group_normalise(orm + penalty, known, index, groups, scale=scale, eps=eps)
     scores, population = _process_scores(variant, prm, known, correct)
+    if variant in ONE_REWARD:
+        scores = scores + penalty
     process = group_normalise(scores, population, index, groups, scale=scale, eps=eps)
     if guard == "rank":
         process *= _rank_factor(outcome, process, correct, known & ~correct, index, groups, weights)[index]
@@ -242,6 +267,16 @@ def _whiten(total: FloatArray, count: int, eps: float) -> FloatArray:
     # np.sum and not a dot product, whose bits would depend on the number of BLAS threads.
     std = math.sqrt(float(np.sum(total * total)) / (count - 1)) if count > 1 else 0.0
     return total / (std + eps) if std > eps else np.zeros_like(total)
+
+
+def _check_guarded(penalty: FloatArray) -> None:
+    worst = float(penalty.min(initial=0.0))
+    if worst < -GUARDED_PENALTY:
+        raise ParamsError(
+            f"guard 'rank' keeps the order with penalties of at most {GUARDED_PENALTY:g}, and one is {-worst:g}",
+            where="guard",
+            fix="Use smaller penalties, such as a lower overlong factor, or guard 'none'.",
+        )
 
 
 def _checked_weights(variant: str, lam: float, scale: str, eps: float, guard: str) -> tuple[float, float]:

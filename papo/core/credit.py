@@ -8,6 +8,9 @@ token is wrong:
 
 A long response weighs more in the mean than a short one. As w_proc <= w_whole, no token of a correct response is worth less than
 one of a wrong response.
+
+A penalty p[i] <= 0 on the outcome, such as one for length (`papo.core.overlong`), counts in every token of the response: r_out[i] + p[i]
+takes the place of r_out[i]. The order above then holds for penalties of up to 1 - w_proc / w_whole.
 """
 
 from __future__ import annotations
@@ -23,7 +26,16 @@ import numpy as np
 import numpy.typing as npt
 
 from papo.core.advantages import SCALES
-from papo.core.groups import LARGEST, FloatArray, IndexArray, as_outcomes, as_scores, group_index, group_normalise
+from papo.core.groups import (
+    LARGEST,
+    FloatArray,
+    IndexArray,
+    as_outcomes,
+    as_penalties,
+    as_scores,
+    group_index,
+    group_normalise,
+)
 from papo.errors import DataError, ParamsError
 
 VOTES = ("intersection", "majority", "union", "average")
@@ -149,6 +161,7 @@ def token_advantages(
     w_proc: float = 1.0,
     scale: str = "std",
     eps: float = 1e-6,
+    penalties: npt.ArrayLike | None = None,
 ) -> TokenAdvantages:
     """One advantage a token of N responses, and their means by response.
 
@@ -159,7 +172,7 @@ def token_advantages(
         Missing outcome: the response leaves the statistics and all its tokens are 0.
         No critique: a wrong response has no debit, as nobody asks about it. Each token of a correct one takes the mean debit of the
             group's correct responses that have a critique, over their tokens (0 if none has one): it is neither praised nor
-            blamed. In a group of correct responses its advantage is 0, and it never falls below.
+            blamed. In a group of correct responses its advantage is 0, and it never falls below, but for a penalty of its own.
         A response without tokens: its three values are 0.
 
     Args:
@@ -171,9 +184,11 @@ def token_advantages(
         w_proc: weight of a debit, from 0 to w_whole: a correct response whose every step is wrong is still no worse than a wrong one.
         scale: `std`, or `mean_only`, which centres and does not divide.
         eps: added to the std, and the std at or below which A is 0.
+        penalties: (N,) finite numbers, 0 or below, on the outcomes; None for none. Which debits count stays by the outcome.
 
     Raises:
-        DataError: numbers of responses or tokens differ, a debit is outside [0, 1], an outcome is not binary, an id is missing.
+        DataError: numbers of responses or tokens differ, a debit is outside [0, 1], an outcome is not binary, an id is missing, a penalty
+            is missing or above 0.
         ParamsError: an impossible weight, eps or scale.
     """
     _check_settings(w_whole, w_proc, scale, eps)
@@ -185,16 +200,17 @@ def token_advantages(
     group, outcome = index[row], orm[row]
     debit = _filled(_flat(debits, sizes, row), outcome == 1.0, group, groups)
     known = ~np.isnan(outcome)
+    reward = w_whole * (outcome + as_penalties(penalties, length=orm.size)[row])
 
-    def normalised(reward: FloatArray) -> FloatArray:
-        values = group_normalise(reward, known, group, groups, scale=scale, eps=eps)
+    def normalised(values: FloatArray) -> FloatArray:
+        values = group_normalise(values, known, group, groups, scale=scale, eps=eps)
         return np.where(np.abs(values) <= ROUNDING, 0.0, values)
 
     def means(values: FloatArray) -> FloatArray:
         return np.bincount(row, values, minlength=orm.size) / np.maximum(sizes, 1)
 
-    tokens = normalised(w_whole * outcome - w_proc * debit)
-    whole, total = means(normalised(w_whole * outcome)), means(tokens)
+    tokens = normalised(reward - w_proc * debit)
+    whole, total = means(normalised(reward)), means(tokens)
     return TokenAdvantages(whole, total - whole, total, np.split(tokens, np.cumsum(sizes))[:-1])
 
 

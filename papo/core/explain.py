@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from papo.core.advantages import (
+    ONE_REWARD,
     VARIANTS,
     component_weights,
     compute_advantages,
@@ -19,26 +20,32 @@ from papo.core.groups import BoolArray, FloatArray
 
 
 class Settings(NamedTuple):
-    """How the advantages were computed; as in `compute_advantages`, or variant `capo`."""
+    """How the advantages were computed; as in `compute_advantages`, or variant `capo`. `overlong`: buffer and factor."""
 
     variant: str
     lam: float
     scale: str
     eps: float
     guard: str
+    overlong: tuple[int, float] | None = None
 
     def words(self, *names: str) -> str:
-        """`variant=papo lam=1 ...`: the settings named, or all."""
-        shown = {name: value for name, value in self._asdict().items() if not names or name in names}
-        return " ".join(
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()
-        )
+        """`variant=papo lam=1 ...`: the settings named, or all; `overlong` of all only if there is one."""
+        wanted = names or [name for name in self._fields if name != "overlong" or self.overlong is not None]
+        return " ".join(self._words(name) for name in self._fields if name in wanted)
+
+    def _words(self, name: str) -> str:
+        value = getattr(self, name)
+        if name == "overlong" and value is not None:
+            return f"overlong.buffer={value[0]} overlong.factor={value[1]:g}"
+        return f"{name}={value:g}" if isinstance(value, float) else f"{name}={'null' if value is None else value}"
 
 
 class Group(NamedTuple):
     """The G responses to one prompt: (G,) float64 arrays with NaN for a missing score, and the status of each score.
 
     `outcome`, `process` and `total` are A_out, A_proc and A as they were computed; with token-level credit their means over the tokens.
+    `penalties`: as given to `compute_advantages`.
     """
 
     orm: FloatArray
@@ -48,6 +55,12 @@ class Group(NamedTuple):
     total: FloatArray
     orm_statuses: Sequence[str]
     prm_statuses: Sequence[str]
+    penalties: FloatArray | None = None
+
+    @property
+    def penalty(self) -> FloatArray:
+        """(G,), 0 where there is none."""
+        return np.zeros(self.orm.size) if self.penalties is None else self.penalties
 
     @property
     def correct(self) -> BoolArray:
@@ -93,7 +106,9 @@ def _response(group: Group, settings: Settings, compared: _Compared, row: int) -
     right = bool(group.correct[row])
     answered = group.orm_statuses[row] != "no_answer"
     verdict = "correct" if right else "wrong" if answered else "wrong (no answer)"
-    parts = [verdict, *_process(group, settings, compared, row), _sum(group, settings, row)]
+    penalty = float(group.penalty[row])
+    costs = [f"its length costs {-penalty:.3g} of its reward"] if penalty else []
+    parts = [verdict, *costs, *_process(group, settings, compared, row), _sum(group, settings, row)]
     return "; ".join(parts) + _push(right, float(group.total[row]))
 
 
@@ -141,16 +156,19 @@ def _group(group: Group, settings: Settings) -> list[str]:
     size, right, wrong = group.orm.size, int(group.correct.sum()), int(group.wrong.sum())
     unknown = f", {size - right - wrong} without a verdict" if right + wrong < size else ""
     sentences = [f"{size} responses: {right} correct, {wrong} wrong{unknown}"]
-    if not right or not wrong:
-        equal = "the known verdicts are all equal" if right or wrong else "no verdict is known"
-        sentences.append(f"A_out is 0 throughout: {equal}")
+    penalised = int((group.penalty[group.correct | group.wrong] < 0.0).sum())
+    if penalised:
+        sentences.append(
+            f"{penalised} of {right + wrong} lose some of their reward for their length; their verdicts stay"
+        )
+    sentences += _outcome(group, penalised > 0)
     sentences.append(_activity(group, settings))
     if settings.guard == "rank" and (factor := _guarded(group, settings)) < 1.0:
         sentences.append(
             f"guard rank multiplied A_proc by {factor:.3g}, so that no correct response falls below a wrong one"
         )
     if settings.variant == "papo" and settings.scale == "std" and right + wrong:
-        sentences.append(_bound(right + wrong, settings))
+        sentences.append(_bound(right + wrong, settings, penalised > 0))
     if settings.variant == "gdpo" and group.total.any():
         sentences.append(f"{_whitening(group, settings.lam):.3g} is the standard deviation over the round")
     if right and wrong:
@@ -158,6 +176,18 @@ def _group(group: Group, settings: Settings) -> list[str]:
         said = f"{found} of the correct responses do not outrank every wrong one" if found else "none"
         sentences.append(f"inversions: {said}")
     return sentences
+
+
+def _outcome(group: Group, penalised: bool) -> list[str]:
+    """What is to be said where A_out tells no correct response from a wrong one."""
+    if group.correct.any() and group.wrong.any():
+        if penalised and not group.outcome.any():
+            return ["A_out is 0 throughout: the penalties leave no difference between right and wrong"]
+        return []
+    equal = "the known verdicts are all equal" if group.correct.any() or group.wrong.any() else "no verdict is known"
+    if group.outcome.any():
+        return [f"A_out is of the penalties alone: {equal}"]
+    return [f"A_out is 0 throughout: {equal}"]
 
 
 def _activity(group: Group, settings: Settings) -> str:
@@ -187,13 +217,15 @@ def _inactive(group: Group, variant: str, compared: _Compared) -> str:
     return f"{equal} are equal"
 
 
-def _bound(known: int, settings: Settings) -> str:
+def _bound(known: int, settings: Settings, penalised: bool) -> str:
     bound, lam = lam_max(known), settings.lam
+    held = "; guard rank keeps the order" if settings.guard == "rank" else ""
+    if penalised:
+        return f"lam_max is no bound where a penalty narrows the gap between right and wrong{held}"
     if math.isinf(bound):
         return f"of {known} responses a correct one stays above a wrong one with any lam"
     if lam < bound:
         return f"lam {lam:g} is below lam_max {bound:.3f}: no score puts a correct one of {known} responses below a wrong one"
-    held = "; guard rank keeps the order" if settings.guard == "rank" else ""
     return f"lam {lam:g} is not below lam_max {bound:.3f}: a score can put a correct one of {known} responses below a wrong one{held}"
 
 
@@ -219,17 +251,18 @@ def _whitening(group: Group, lam: float) -> float:
 
 def _compared(group: Group, variant: str) -> _Compared:
     judged = ~np.isnan(group.prm)
+    penalty = group.penalty if variant in ONE_REWARD else np.zeros(group.orm.size)
+    less = " with its penalty" if penalty.any() else ""
     if variant in ("mult", "fullnorm"):
         among = group.wrong | (group.correct & judged)
+        product = np.where(group.correct, group.prm, 0.0)
         return _Compared(
-            np.where(group.correct, group.prm, 0.0),
-            among,
-            "product of verdict and process score",
-            f"{among.sum()} responses",
+            product + penalty, among, f"product of verdict and process score{less}", f"{among.sum()} responses"
         )
     if variant in ("prm", "gdpo"):
         among = judged & (group.correct | group.wrong)
-        return _Compared(group.prm, among, "process score", f"{among.sum()} responses that have one")
+        those = f"{among.sum()} responses that have one"
+        return _Compared(group.prm + penalty, among, f"process score{less}", those)
     among = judged & group.correct
     partly = " that have one" if among.sum() < group.correct.sum() else ""
     return _Compared(group.prm, among, "process score", f"{among.sum()} correct responses{partly}")

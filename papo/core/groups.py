@@ -107,6 +107,19 @@ def as_outcomes(values: npt.ArrayLike, name: str, *, length: int | None = None) 
     return scores
 
 
+def as_penalties(values: npt.ArrayLike | None, *, length: int) -> FloatArray:
+    """A checked (N,) array of penalties; zeros for None.
+
+    Raises:
+        DataError: as in `as_scores`, or a penalty is missing or above 0.
+    """
+    if values is None:
+        return np.zeros(length)
+    penalties = as_scores(values, "penalties", length=length, missing_ok=False)
+    _refuse_rows(penalties > 0.0, penalties, "penalties", "a penalty is 0 or below")
+    return penalties
+
+
 def extreme(
     ufunc: np.ufunc, start: float, values: FloatArray, mask: BoolArray, index: IndexArray, groups: int
 ) -> FloatArray:

@@ -20,6 +20,7 @@ from papo.core.groups import (
     FloatArray,
     IndexArray,
     as_outcomes,
+    as_penalties,
     as_scores,
     group_index,
     group_normalise,
@@ -60,11 +61,13 @@ def round_signals(
     variant: str = "papo",
     lam: float = 1.0,
     eps: float = 1e-6,
+    penalties: npt.ArrayLike | None = None,
+    unpenalised: npt.ArrayLike | None = None,
 ) -> dict[str, float]:
     """Every signal of one round of N responses in P groups, as finite floats under flat names.
 
-    "Correct" is an outcome of 1 and "wrong" one of 0; a missing outcome is neither. Shares are of all N responses
-    unless the name or this table says otherwise.
+    "Correct" is an outcome of 1 and "wrong" one of 0, whatever the penalties; a missing outcome is neither. Shares are of all N
+    responses unless the name or this table says otherwise.
 
         responses, groups, lam                  counts, and the weight in use
         accuracy, outcome_missing_share         mean outcome of those known; share of unknown outcomes
@@ -75,16 +78,18 @@ def round_signals(
         advantage_{mean,min}_{correct,wrong}    of the total advantage
         negative_correct_share                  share of correct responses with a total below 0
         outcome_alignment                       in groups with correct and wrong responses, how much more advantage correct
-                                                ones get on average, over how much more A_out gives them: 1 in `orm` and
-                                                `papo`, 0 where the reward does not care, negative where it prefers wrong ones
+                                                ones get on average, over how much more A_out without penalties gives them: 1
+                                                in `orm` and `papo` without penalties, 0 where the reward does not care,
+                                                negative where it prefers wrong ones
         inversions                              correct responses that do not outrank a wrong one of their group
         outcome_advantage_share, process_..     share of sum |A| that comes from each weighted component
-        lam_max, lam_max_exceeded               `papo` only: bound for the largest group (if finite); 0 or 1
+        lam_max, lam_max_exceeded               `papo` only: bound for the largest group without penalties (if finite); 0 or 1
         prm_mean, prm_mean_correct              of the process scores present
         prm_correct_0, _half, _1                share of judged correct responses below 0.25, below 0.75, the rest
         judge_failure_share, .._<status>        of the responses that the judge was asked about
         length_mean, length_p95, length_max     completion tokens
         truncated_share
+        overlong_share, overlong_penalty_mean   with `penalties` only: share of responses that have one; mean over all
         length_prm_correlation                  Pearson, among judged correct responses, both centred on their group
         verification_share, .._correct          flagged responses: of all, and of the correct
 
@@ -95,9 +100,11 @@ def round_signals(
         truncated: (N,) whether a response was cut off at the length limit.
         prm_statuses: (N,) each one of STATUSES.
         verification: (N,) flags such as `verification_flags` gives, or None to leave their signals out.
+        penalties: as given to `compute_advantages`.
+        unpenalised: (N,) the `outcome` that it gives without penalties; needed with `penalties`.
 
     Raises:
-        DataError: lengths differ, an unknown status, or malformed scores.
+        DataError: lengths differ, an unknown status, or malformed scores; penalties without `unpenalised`.
     """
     ids = group_ids if isinstance(group_ids, np.ndarray) else list(group_ids)
     orm = as_outcomes(orm_scores, "orm_scores")
@@ -112,7 +119,10 @@ def round_signals(
     signals = {"responses": float(size), "groups": float(groups), "lam": float(lam)}
     signals |= _mean("accuracy", orm[~np.isnan(orm)]) | _mean("outcome_missing_share", np.isnan(orm))
     signals |= _zero_advantages(data, parts.total) | _process_activity(data, eps) | _advantages(data, parts.total)
-    signals |= _outcome_alignment(data, parts)
+    if penalties is not None:
+        penalty = as_penalties(penalties, length=size)
+        signals |= _mean("overlong_share", penalty < 0.0) | _mean("overlong_penalty_mean", penalty)
+    signals |= _outcome_alignment(data, parts.total, _unpenalised(parts, penalties, unpenalised))
     signals |= _component_shares(parts, component_weights(variant, lam))
     signals["inversions"] = float(count_inversions(parts.total, orm, index))
     if variant == "papo":
@@ -198,7 +208,20 @@ def _advantages(data: _Round, total: FloatArray) -> _Signals:
     return signals | _mean("negative_correct_share", total[data.correct] < 0.0)
 
 
-def _outcome_alignment(data: _Round, parts: Advantages) -> _Signals:
+def _unpenalised(parts: Advantages, penalties: npt.ArrayLike | None, given: npt.ArrayLike | None) -> FloatArray:
+    """A_out without penalties."""
+    if given is not None:
+        return as_scores(given, "unpenalised", length=parts.outcome.size, missing_ok=False)
+    if penalties is not None:
+        raise DataError(
+            "penalties without the outcome advantages that there would be without them",
+            where="unpenalised",
+            fix="Give the `outcome` of compute_advantages without penalties.",
+        )
+    return parts.outcome
+
+
+def _outcome_alignment(data: _Round, total: FloatArray, outcome: FloatArray) -> _Signals:
     right, wrong = (np.bincount(data.group[rows], minlength=data.groups) for rows in (data.correct, data.wrong))
     mixed = (right > 0) & (wrong > 0)
 
@@ -210,8 +233,8 @@ def _outcome_alignment(data: _Round, parts: Advantages) -> _Signals:
         ]
         return float(np.sum(means[0] - means[1]))
 
-    given = lead(parts.outcome)
-    return {"outcome_alignment": lead(parts.total) / given} if given > 0.0 else {}
+    given = lead(outcome)
+    return {"outcome_alignment": lead(total) / given} if given > 0.0 else {}
 
 
 def _component_shares(parts: Advantages, weights: tuple[float, float]) -> _Signals:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate.utils import gather
 
@@ -26,6 +27,7 @@ from papo.core.advantages import Advantages, compute_advantages, lam_max, proces
 from papo.core.alarms import Limits, alarms
 from papo.core.credit import combine_votes, split_steps, token_advantages, token_steps
 from papo.core.groups import BoolArray, FloatArray, IndexArray, as_outcomes
+from papo.core.overlong import overlong_penalties
 from papo.core.signals import round_signals, verification_flags
 from papo.engines.tokenizer import token_starts
 from papo.errors import DataError, ParamsError
@@ -46,6 +48,9 @@ _Source = tuple[Reward, Any, str]
 class PAPOConfig(GRPOConfig):  # type: ignore[misc]  # TRL is untyped
     """TRL's GRPOConfig and the settings of `compute_advantages`; `scale_rewards` is its scale: "group" divides, "none" does not.
 
+    With `overlong_buffer` the outcome has the penalty of `papo.core.overlong`, by `max_completion_length`; which responses are
+    correct stays by the outcome alone.
+
     Raises:
         ParamsError: a setting that `compute_advantages` or `token_advantages` refuses, or one of TRL's that has no meaning here.
     """
@@ -57,6 +62,13 @@ class PAPOConfig(GRPOConfig):  # type: ignore[misc]  # TRL is untyped
     w_whole: float = field(default=2.0, metadata={"help": "capo: weight of the outcome in the reward of a token."})
     w_proc: float = field(default=1.0, metadata={"help": "capo: weight of a wrong step in the reward of its tokens."})
     vote: str = field(default="majority", metadata={"help": "capo: how several critiques of a response are combined."})
+    overlong_buffer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens before max_completion_length over which a penalty for length rises; None: no penalty."
+        },
+    )
+    overlong_factor: float = field(default=0.5, metadata={"help": "The penalty at max_completion_length."})
     reward_roles: list[str] | None = field(
         default=None, metadata={"help": "The role of each of `reward_funcs`: outcome or process."}
     )
@@ -76,8 +88,15 @@ class PAPOConfig(GRPOConfig):  # type: ignore[misc]  # TRL is untyped
             raise ParamsError(
                 "multi_objective_aggregation has no effect here", where="multi_objective_aggregation", fix=unused
             )
+        if self.overlong_buffer is not None and self.max_completion_length is None:
+            raise ParamsError(
+                "overlong_buffer is the end of a limit, and max_completion_length is None",
+                where="overlong_buffer",
+                fix="Set max_completion_length.",
+            )
+        longest = self.penalties([self.max_completion_length])
         if self.variant != "capo":
-            compute_advantages([], [], [], **self.advantage_settings)
+            compute_advantages([0], [0], [0], penalties=longest, **self.advantage_settings)
             return
         token_advantages([], [], [], [], **self.capo_settings)
         combine_votes([[0]], self.vote)
@@ -87,6 +106,12 @@ class PAPOConfig(GRPOConfig):  # type: ignore[misc]  # TRL is untyped
                 where="guard",
                 fix="Leave it at none: with w_proc <= w_whole no token of a correct response is worth less than one of a wrong one.",
             )
+
+    def penalties(self, lengths: npt.ArrayLike) -> FloatArray | None:
+        """(N,) penalties of responses with so many tokens; None without `overlong_buffer`."""
+        if self.overlong_buffer is None:
+            return None
+        return overlong_penalties(lengths, self.max_completion_length, self.overlong_buffer, self.overlong_factor)
 
     @property
     def advantage_settings(self) -> dict[str, Any]:
@@ -228,24 +253,38 @@ class PAPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         scored, mine, tokens = self._scored, self._mine(len(inputs)), output["completion_ids"]
         groups = self._group_ids(scored.orm.size)
+        penalties = self.args.penalties(scored.lengths)
         if scored.debits is None:
-            advantages = compute_advantages(scored.orm, scored.prm, groups, **self.args.advantage_settings)
+            advantages = compute_advantages(
+                scored.orm, scored.prm, groups, penalties=penalties, **self.args.advantage_settings
+            )
             values = torch.as_tensor(advantages.total[mine], dtype=torch.float32)
         else:
             debits = [
                 None if np.isnan(row).any() else row[:length]
                 for row, length in zip(scored.debits, scored.lengths.astype(int), strict=True)
             ]
-            by_token = token_advantages(scored.orm, debits, scored.lengths, groups, **self.args.capo_settings)
+            by_token = token_advantages(
+                scored.orm, debits, scored.lengths, groups, penalties=penalties, **self.args.capo_settings
+            )
             advantages = Advantages(*by_token[:3])
             values = torch.zeros(tokens.shape)
             for row, own in zip(values, by_token.tokens[mine], strict=True):
                 row[: own.size] = torch.as_tensor(own)
         output["advantages"] = values.to(tokens.device)
-        self._record(scored, groups, advantages)
+        self._record(scored, groups, advantages, penalties)
         return output
 
-    def _record(self, scored: _Scored, groups: IndexArray, advantages: Advantages) -> None:
+    def _unpenalised(self, scored: _Scored, groups: IndexArray) -> FloatArray:
+        """The outcome advantages without penalties."""
+        if scored.debits is None:
+            return compute_advantages(scored.orm, scored.prm, groups, **self.args.advantage_settings).outcome
+        without = [None] * scored.orm.size
+        return token_advantages(scored.orm, without, scored.lengths, groups, **self.args.capo_settings).outcome
+
+    def _record(
+        self, scored: _Scored, groups: IndexArray, advantages: Advantages, penalties: FloatArray | None
+    ) -> None:
         """Signals into TRL's metrics, and into its log of completions our advantages in place of its own."""
         mode = "train" if self.model.training else "eval"
         failed = scored.asked & np.isnan(scored.prm)
@@ -261,6 +300,8 @@ class PAPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
             variant=self.args.variant,
             lam=self.args.lam,
             eps=self.args.advantage_eps,
+            penalties=penalties,
+            unpenalised=self._unpenalised(scored, groups) if penalties is not None else None,
         )
         for name, value in found.items():
             self._metrics[mode][f"papo/{name}"].append(value)

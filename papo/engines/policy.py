@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from papo.errors import CheckpointError
+from papo.errors import CheckpointError, SetupError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LIBRARIES = {
     "warmstart": ("torch", "transformers", "trl.trainer.sft_trainer"),
     "rollout": ("torch", "transformers"),
-    "train": ("torch", "transformers", "trl.trainer.grpo_trainer"),
+    "train": ("torch", "transformers"),
     "evaluate": ("torch", "transformers"),
 }
 
@@ -30,19 +30,25 @@ def import_libraries(stage: str) -> None:
 
 
 def load_policy(
-    policy: Path, *, dtype: str = "float32", device: str | None = None
+    policy: Path, *, dtype: str = "float32", device: str | None = None, attention: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of the folder `policy`, on `device`; None: on the GPU where there is one.
+    """Model and tokenizer of the folder `policy`.
+
+    Args:
+        device: None: the GPU where there is one.
+        attention: as `train.attention`.
 
     Raises:
         CheckpointError: the folder is none, or holds no model, no safetensors or no tokenizer, or they cannot be loaded.
+        SetupError: this model does not go with the attention here.
     """
     import torch
 
     _check_files(policy)
     model, tokenizer = load_checkpoint(
-        str(policy), dtype=dtype, where=str(policy), fix="save it anew with save_pretrained", local_files_only=True
-    )
+        str(policy), dtype=dtype, where=str(policy), fix="save it anew with save_pretrained", local_files_only=True,
+        attention=attention,
+    )  # fmt: skip
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
@@ -85,12 +91,20 @@ def _check_files(policy: Path) -> None:
 
 
 def load_checkpoint(
-    name: str, *, dtype: str, where: str, fix: str, revision: str | None = None, local_files_only: bool = False
+    name: str,
+    *,
+    dtype: str,
+    where: str,
+    fix: str,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    attention: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or a model id of the hub: safetensors only, no remote code, and every weight there.
 
     Raises:
-        CheckpointError: with `where` and `fix`, whatever the reason.
+        CheckpointError: with `where` and `fix`, whatever the reason; but for the attention:
+        SetupError: this model does not go with it here.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,9 +113,16 @@ def load_checkpoint(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **source
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+            name, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+            attn_implementation=attention, **source,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if attention is not None and isinstance(error, ValueError | ImportError) and "attention" in str(error).lower():
+            raise SetupError(
+                f"the model does not go with this attention here: {_first_line(error)}",
+                where=f"train.attention = {attention}, {where}",
+                fix="set train.attention to null, or install what is missing",
+            ) from error
         raise CheckpointError(f"the model cannot be loaded: {_first_line(error)}", where=where, fix=fix) from error
     # transformers fills what is missing with random numbers and goes on.
     mismatched = {str(key[0]) for key in loading["mismatched_keys"]}

@@ -215,28 +215,44 @@ class Aligner(Protocol):
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One response with its advantage, as the trainer takes it."""
+    """One response with its advantage, as the trainer takes it; `problem_id` and `sample_index` are how errors name it."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
     logprobs: list[float]
     advantage: float
     token_advantages: list[float] | None = None
+    truncated: bool = False
+    problem_id: str = ""
+    sample_index: int = 0
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One pass over a round's groups, in order.
+
+    Args:
+        policy, state: where it starts from: the policy that sampled the groups, and the optimizer state that goes with it; None: none yet.
+        reference: the policy that the KL penalty is about, and that adapters are laid over; None where neither is.
+        out, out_state: folders for the next of both.
+        work: folder for what a restart goes on from; may be deleted at any time.
+    """
+
+    round: int
+    groups: Sequence[Sequence[TrainRow]]
+    policy: Path
+    state: Path | None
+    reference: Path | None
+    out: Path
+    out_state: Path
+    work: Path
 
 
 class Trainer(Protocol):
     """Turns a table of advantages into the next policy."""
 
-    def train(
-        self,
-        policy: Path,
-        state: Path | None,
-        groups: Sequence[Sequence[TrainRow]],
-        out: Path,
-        out_state: Path,
-        progress: Progress,
-    ) -> list[dict[str, float]]:
-        """One pass over `groups` in order, from `policy` and optimizer `state`; writes both; metrics by optimizer step."""
+    def train(self, job: TrainJob, progress: Progress) -> list[dict[str, float]]:
+        """Writes policy and optimizer state; metrics by optimizer step. `progress` counts steps."""
         ...
 
     def versions(self) -> dict[str, str]: ...

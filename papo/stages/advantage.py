@@ -12,6 +12,7 @@ import numpy as np
 from papo.core.advantages import Advantages, compute_advantages, process_needed
 from papo.core.credit import TokenAdvantages, split_steps, token_advantages, token_steps
 from papo.core.groups import FloatArray
+from papo.core.overlong import overlong_penalties
 from papo.core.signals import round_signals, verification_flags
 from papo.engines.protocols import Aligner
 from papo.errors import DataError, ParamsError
@@ -27,6 +28,7 @@ CODE = (
     "core/advantages.py",
     "core/credit.py",
     "core/groups.py",
+    "core/overlong.py",
     "core/signals.py",
     "engines/tokenizer.py",
 )
@@ -58,7 +60,7 @@ def run(
         return done
     rollouts = read_columns(
         inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "completion", "completion_ids", "finish_reason",
-        "logprob_difference_mean", "logprob_difference_max",
+        "max_new_tokens", "logprob_difference_mean", "logprob_difference_max",
     )  # fmt: skip
     orm = read_columns(inputs.orm, ORM, "problem_id", "sample_index", "orm_score")
     prm = read_columns(inputs.prm, PRM, "problem_id", "sample_index", "prm_score", "status", "wrong_steps")
@@ -94,6 +96,8 @@ def run(
         variant=params.variant,
         lam=params.lam,
         eps=params.eps,
+        penalties=penalties_of(params, rollouts),
+        unpenalised=_unpenalised(params, rollouts, outcomes),
     )
     signals |= logprob_differences(rollouts)
     return task.finish(rows=len(rows), metrics=signals, versions=engine.versions() if engine else None)
@@ -113,6 +117,7 @@ def compute(
     advantages = compute_advantages(
         _scores(orm, "orm_score"), _scores(prm, "prm_score"), [row["problem_id"] for row in rollouts],
         variant=params.variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=params.guard,
+        penalties=penalties_of(params, rollouts),
     )  # fmt: skip
     return advantages, [None] * len(rollouts)
 
@@ -137,7 +142,21 @@ def by_tokens(
         w_proc=params.w_proc,
         scale=params.scale,
         eps=params.eps,
+        penalties=penalties_of(params, rollouts),
     )
+
+
+def penalties_of(params: AdvantageParams, rollouts: Rows) -> FloatArray | None:
+    """(N,) penalties for length, by the limit that each response was sampled under; None without `overlong`.
+
+    Raises:
+        ParamsError: the buffer is not below that limit.
+    """
+    if params.overlong is None:
+        return None
+    lengths = [len(row["completion_ids"]) for row in rollouts]
+    limits = [row["max_new_tokens"] for row in rollouts]
+    return overlong_penalties(lengths, limits, params.overlong.buffer, params.overlong.factor)
 
 
 def logprob_differences(rollouts: Rows) -> dict[str, float]:
@@ -147,6 +166,19 @@ def logprob_differences(rollouts: Rows) -> dict[str, float]:
         if values := [row[name] for row in rollouts if row[name] is not None]:
             found[name] = float(of(values))
     return found
+
+
+def _unpenalised(params: AdvantageParams, rollouts: Rows, outcomes: FloatArray) -> FloatArray | None:
+    """The outcome advantages without `overlong`; None where there is none."""
+    if params.overlong is None:
+        return None
+    ids, without = [row["problem_id"] for row in rollouts], np.full(outcomes.size, np.nan)
+    if params.variant != "capo":
+        return compute_advantages(outcomes, without, ids, variant="orm", scale=params.scale, eps=params.eps).outcome
+    return token_advantages(
+        outcomes, [None] * outcomes.size, [len(row["completion_ids"]) for row in rollouts], ids,
+        w_whole=params.w_whole, w_proc=0.0, scale=params.scale, eps=params.eps,
+    ).outcome  # fmt: skip
 
 
 def _debits(rollouts: Rows, prm: Rows, path: Path, engine: Aligner | None) -> list[FloatArray | None]:

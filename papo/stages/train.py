@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from papo.engines.protocols import Trainer, TrainRow
-from papo.errors import CheckpointError
+from papo.engines.protocols import Trainer, TrainJob, TrainRow
+from papo.errors import CheckpointError, DataError
 from papo.params import TrainParams
 from papo.schemas import ADVANTAGES, ROLLOUTS
 from papo.stages.rows import check_aligned
@@ -15,12 +17,12 @@ from papo.store.files import digest, replacing
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns
 
-CODE = ("stages/train.py", "stages/rows.py", "engines/trainer.py", "engines/policy.py")
+CODE = ("stages/train.py", "stages/rows.py", "engines/training", "engines/policy.py", "core/schedules.py")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """`state` is the optimizer state of the round before, none in round 0."""
+    """`state` is the optimizer state of the round before, none in round 0; `reference` the warm start, where the params need one."""
 
     round: int
     seed: int
@@ -28,7 +30,9 @@ class Inputs:
     advantages: Path
     policy: Path
     state: Path | None
+    reference: Path | None
     temperature: float
+    max_new_tokens: int
 
 
 def run(params: TrainParams, inputs: Inputs, out: Path, *, engine: Trainer, context: Context = Context()) -> Manifest:
@@ -36,7 +40,7 @@ def run(params: TrainParams, inputs: Inputs, out: Path, *, engine: Trainer, cont
 
     Raises:
         CheckpointError: the rollouts were sampled from another policy.
-        DataError: the advantages are not those of the rollouts.
+        DataError: the advantages are not those of the rollouts, or a row holds what cannot be trained on.
     """
     state = out.with_name("trainer")
     task = Task("train", params, inputs, [out, state], code=CODE, context=context)
@@ -49,17 +53,40 @@ def run(params: TrainParams, inputs: Inputs, out: Path, *, engine: Trainer, cont
         replacing(state) as state_folder,
         context.progress(f"train {inputs.round}", steps) as progress,
     ):
-        history = engine.train(inputs.policy, inputs.state, groups, policy_folder, state_folder, progress)
-    means = {name: sum(row[name] for row in history) / len(history) for name in history[0] if name != "step"}
-    first = {f"first_step_{name}": history[0][name] for name in ("ratio_min", "ratio_max")}
+        job = TrainJob(
+            round=inputs.round,
+            groups=groups,
+            policy=inputs.policy,
+            state=inputs.state,
+            reference=inputs.reference,
+            out=policy_folder,
+            out_state=state_folder,
+            work=task.work,
+        )
+        history = engine.train(job, progress)
+    first = {f"first_step_{name}": history[0][name] for name in ("ratio_min", "ratio_max") if name in history[0]}
     rows = sum(map(len, groups))
-    return task.finish(rows=rows, metrics=means | first, history=history, versions=engine.versions())
+    return task.finish(rows=rows, metrics=_summed_up(history) | first, history=history, versions=engine.versions())
+
+
+def _summed_up(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the steps that have the metric; of what adds up over a round, the sum; the least, the most."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for row in history for name in row if name != "step"):
+        values = [row[name] for row in history if name in row]
+        if name in ("skipped_responses", "broken"):
+            found[name] = sum(values)
+        elif name == "peak_memory_mb":
+            found[name] = max(values)
+        else:
+            found[name] = sum(values) / len(values)
+    return found
 
 
 def _groups(inputs: Inputs) -> list[list[TrainRow]]:
     rollouts = read_columns(
         inputs.rollouts, ROLLOUTS,
-        "problem_id", "sample_index", "prompt_ids", "completion_ids", "logprobs", "policy_digest",
+        "problem_id", "sample_index", "prompt_ids", "completion_ids", "logprobs", "finish_reason", "policy_digest",
     )  # fmt: skip
     sampled_from, given = {row["policy_digest"] for row in rollouts}, digest(inputs.policy)
     if sampled_from != {given}:
@@ -74,15 +101,40 @@ def _groups(inputs: Inputs) -> list[list[TrainRow]]:
     check_aligned(rollouts, advantages, inputs.advantages)
     groups: dict[str, list[TrainRow]] = {}
     for rollout, advantage in zip(rollouts, advantages, strict=True):
-        groups.setdefault(rollout["problem_id"], []).append(_row(rollout | advantage))
+        groups.setdefault(rollout["problem_id"], []).append(_row(rollout | advantage, inputs))
     return list(groups.values())
 
 
-def _row(row: dict[str, Any]) -> TrainRow:
+def _row(row: Mapping[str, Any], inputs: Inputs) -> TrainRow:
+    if not row["prompt_ids"]:
+        name = f"row {row['problem_id']}/{row['sample_index']}"
+        raise DataError(f"{name}: no prompt_ids", where=str(inputs.rollouts), fix="run rollout of this round again")
+    _check_numbers(row, "logprobs", row["logprobs"], inputs.rollouts, "rollout", length=len(row["completion_ids"]))
+    _check_numbers(row, "advantage", [row["advantage"]], inputs.advantages, "advantage", length=1)
+    if (tokens := row["token_advantages"]) is not None:
+        length = len(row["completion_ids"])
+        _check_numbers(row, "token_advantages", tokens, inputs.advantages, "advantage", length=length)
     return TrainRow(
         prompt_ids=row["prompt_ids"],
         completion_ids=row["completion_ids"],
         logprobs=row["logprobs"],
         advantage=row["advantage"],
-        token_advantages=row["token_advantages"],
+        token_advantages=tokens,
+        truncated=row["finish_reason"] == "length",
+        problem_id=row["problem_id"],
+        sample_index=row["sample_index"],
     )
+
+
+def _check_numbers(
+    row: Mapping[str, Any], column: str, values: Sequence[float], table: Path, stage: str, *, length: int
+) -> None:
+    """Refuses what would make every weight of the policy NaN, or shift the tokens of a row."""
+    name = f"row {row['problem_id']}/{row['sample_index']}"
+    if len(values) != length:
+        what = f"{name}: {len(values)} {column} for {length} tokens"
+    elif bad := [value for value in values if value is None or not math.isfinite(value)]:
+        what = f"{name}: {column} holds {bad[0]}"
+    else:
+        return
+    raise DataError(what, where=str(table), fix=f"run {stage} of this round again")

@@ -489,3 +489,31 @@ def test_malformed_rows_are_refused_by_name(
 def test_missing_group_ids_are_refused() -> None:
     with pytest.raises(DataError, match=r"group_ids\[1\]"):
         token_advantages([1, 0], [None, None], [1, 1], ["a", None])
+
+
+def test_a_penalty_counts_in_every_token_and_changes_no_debit() -> None:
+    """By hand: rewards 2 x 3/4 = 1.5, of the wrong step 0.5, and 0 of the wrong response, with mean 3.5 / 4."""
+    found = one_group([1, 0], [[0, 1, 0], None], [3, 1], scale="mean_only", penalties=[-0.25, 0])
+    assert found.tokens[0].tolist() == [0.625, -0.375, 0.625]
+    assert found.tokens[1].tolist() == [-0.875]
+    assert found.outcome.tolist() == [0.375, -1.125]
+    assert found.process == pytest.approx([0.875 / 3 - 0.375, 0.25])
+
+
+def test_a_penalised_response_without_a_critique_is_below_the_others_by_its_penalty_alone() -> None:
+    found = one_group([1, 1, 1], [[0, 1], None, None], [2, 2, 2], scale="mean_only", penalties=[0, -0.5, 0])
+    assert found.tokens[1] == pytest.approx(found.tokens[2] - 1.0)
+    assert found.tokens[2] == pytest.approx([1 / 3] * 2)
+
+
+@pytest.mark.parametrize(
+    ("penalties", "message"),
+    [
+        ([0.5, 0], r"penalties\[0\] is 0.5: a penalty is 0 or below"),
+        ([0, NAN], r"penalties\[1\] is nan"),
+        ([0], "1 values for 2"),
+    ],
+)
+def test_what_is_no_penalty_is_refused(penalties: list[float], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        one_group([1, 0], [None, None], [2, 2], penalties=penalties)

@@ -20,10 +20,16 @@ NAN = math.nan
 DEFAULT = Settings("papo", 1.0, "std", 1e-6, "none")
 
 
-def group(orm: Sequence[float], prm: Sequence[float], given: Settings, **statuses: Sequence[str]) -> Group:
+def group(
+    orm: Sequence[float],
+    prm: Sequence[float],
+    given: Settings,
+    penalties: Sequence[float] | None = None,
+    **statuses: Sequence[str],
+) -> Group:
     parts = compute_advantages(
         orm, prm, [0] * len(orm),
-        variant=given.variant, lam=given.lam, scale=given.scale, eps=given.eps, guard=given.guard,
+        variant=given.variant, lam=given.lam, scale=given.scale, eps=given.eps, guard=given.guard, penalties=penalties,
     )  # fmt: skip
     return Group(
         np.array(orm, dtype=np.float64),
@@ -31,6 +37,7 @@ def group(orm: Sequence[float], prm: Sequence[float], given: Settings, **statuse
         *parts,
         statuses.get("orm_statuses", ["timeout" if math.isnan(x) else "ok" for x in orm]),
         statuses.get("prm_statuses", ["not_asked" if math.isnan(x) else "ok" for x in prm]),
+        None if penalties is None else np.array(penalties, dtype=np.float64),
     )
 
 
@@ -141,6 +148,80 @@ def test_lam_beyond_the_bound_and_the_guard() -> None:
     assert not any("multiplied" in sentence for sentence in why(*scores, lam=0.5, guard="rank").group)
 
 
+def test_a_penalty_for_length() -> None:
+    """Rewards 1, 1/2 and 0 lie evenly, so that the second right one is at the mean of the group."""
+    found = why([1, 1, 0], [1, 0.5, NAN], {"penalties": [0, -0.5, 0]})
+    assert found.responses == [
+        "correct; its process score 1 is above the mean 0.75 of the 2 correct responses, so A_proc = 0.71; "
+        "A = 1.00 + 1 x 0.71 = 1.71 > 0: pushed up",
+        "correct; its length costs 0.5 of its reward; its process score 0.5 is below the mean 0.75 of the 2 correct responses, so "
+        "A_proc = -0.71; A = 0 + 1 x -0.71 = -0.71 < 0: a correct response is pushed down",
+        "wrong; A = A_out = -1.00 < 0: pushed down",
+    ]
+    assert found.group == [
+        "3 responses: 2 correct, 1 wrong",
+        "1 of 3 lose some of their reward for their length; their verdicts stay",
+        "A_proc is active: the 2 correct responses have scores from 0.5 to 1",
+        "lam_max is no bound where a penalty narrows the gap between right and wrong",
+        "inversions: none",
+    ]
+
+
+def test_a_penalty_and_the_guard() -> None:
+    found = why([1, 1, 0], [1, 0.5, NAN], {"penalties": [0, -0.5, 0]}, lam=3.0, guard="rank")
+    assert (
+        "lam_max is no bound where a penalty narrows the gap between right and wrong; guard rank keeps the order"
+        in found.group
+    )
+    assert any(sentence.startswith("guard rank multiplied A_proc by 0.471") for sentence in found.group)
+    assert found.group[-1] == "inversions: none"
+
+
+def test_equal_verdicts_told_apart_by_length() -> None:
+    found = why([0, 0, 0], [NAN] * 3, {"penalties": [0, -0.25, -0.5]})
+    assert found.responses[2] == "wrong; its length costs 0.5 of its reward; A = A_out = -1.00 < 0: pushed down"
+    assert found.responses[0] == "wrong; A = A_out = 1.00 > 0: a wrong response is pushed up"
+    assert "A_out is of the penalties alone: the known verdicts are all equal" in found.group
+
+
+def test_a_penalty_that_leaves_nothing_of_being_right() -> None:
+    found = why([1, 0], [NAN] * 2, {"penalties": [-1, 0]}, variant="orm")
+    assert found.responses[0] == "correct; its length costs 1 of its reward; A = A_out = 0: it teaches nothing"
+    assert "A_out is 0 throughout: the penalties leave no difference between right and wrong" in found.group
+    assert found.group[-1] == "inversions: 1 of the correct responses do not outrank every wrong one"
+
+
+def test_a_penalty_that_is_the_same_for_all() -> None:
+    found = why([0, 0], [NAN] * 2, {"penalties": [-0.5, -0.5]})
+    assert "A_out is 0 throughout: the known verdicts are all equal" in found.group
+    assert "2 of 2 lose some of their reward for their length; their verdicts stay" in found.group
+
+
+def test_a_penalty_of_a_response_without_a_verdict_is_not_spoken_of() -> None:
+    found = why([1, 0, NAN], [NAN] * 3, {"penalties": [0, 0, -0.5]})
+    assert found.responses[2] == "no verdict (timeout): it leaves the statistics of its group, A = 0"
+    assert not any("length" in sentence for sentence in found.group)
+
+
+@pytest.mark.parametrize(
+    ("variant", "score"), [("prm", "process score"), ("mult", "product of verdict and process score")]
+)
+def test_the_one_reward_has_the_penalty(variant: str, score: str) -> None:
+    found = why([1, 0], [0.9, 0.0], {"penalties": [-0.5, 0]}, variant=variant)
+    assert (
+        f"its length costs 0.5 of its reward; its {score} with its penalty 0.4 is above the mean 0.2 of"
+        in found.responses[0]
+    )
+
+
+def test_the_settings_in_words() -> None:
+    assert DEFAULT.words() == "variant=papo lam=1 scale=std eps=1e-06 guard=none"
+    given = DEFAULT._replace(overlong=(32, 0.5))
+    assert given.words() == f"{DEFAULT.words()} overlong.buffer=32 overlong.factor=0.5"
+    assert given.words("lam", "overlong") == "lam=1 overlong.buffer=32 overlong.factor=0.5"
+    assert DEFAULT.words("overlong") == "overlong=null"
+
+
 def test_orm_uses_no_process_score() -> None:
     found = why([1, 0], [1, 0], variant="orm")
     assert found.responses == ["correct; A = A_out = 0.71 > 0: pushed up", "wrong; A = A_out = -0.71 < 0: pushed down"]
@@ -222,22 +303,26 @@ def test_what_only_rounding_leaves_is_nothing() -> None:
 score = st.sampled_from([0.0, 0.5, 1.0, NAN])
 
 
+Case = tuple[list[float], list[float], Settings, list[float] | None]
+
+
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[list[float], list[float], Settings]:
+def cases(draw: st.DrawFn) -> Case:
     rows = draw(st.lists(st.tuples(st.sampled_from([0.0, 1.0, NAN]), score), min_size=1, max_size=9))
     variant = draw(st.sampled_from(VARIANTS))
     lam = draw(st.sampled_from([0.25, 1.0] if variant == "convex" else [0.0, 0.25, 1.0, 3.0]))
     ranked = variant not in ("prm", "mult")
     guard = draw(st.sampled_from(["none", "rank"] if ranked else ["none"]))
     given = Settings(variant, lam, draw(st.sampled_from(["std", "mean_only"])), 1e-6, guard)
-    return [row[0] for row in rows], [row[1] for row in rows], given
+    penalties = draw(st.lists(st.sampled_from([0.0, -0.25, -0.9]), min_size=len(rows), max_size=len(rows)))
+    return [row[0] for row in rows], [row[1] for row in rows], given, draw(st.sampled_from([None, penalties]))
 
 
 @settings(deadline=None, max_examples=300)
 @given(cases())
-def test_the_words_say_what_the_numbers_say(case: tuple[list[float], list[float], Settings]) -> None:
-    orm, prm, given = case
-    numbers = group(orm, prm, given)
+def test_the_words_say_what_the_numbers_say(case: Case) -> None:
+    orm, prm, given, penalties = case
+    numbers = group(orm, prm, given, penalties)
     found = explain(numbers, given)
     assert len(found.responses) == len(orm)
     for row, sentence in enumerate(found.responses):
@@ -248,6 +333,7 @@ def test_the_words_say_what_the_numbers_say(case: tuple[list[float], list[float]
             assert sentence.startswith("no verdict")
             continue
         assert sentence.startswith("correct" if orm[row] else "wrong")
+        assert ("its length costs" in sentence) == bool(penalties and penalties[row])
         assert sentence.split(" = ")[-1].split(" ")[0].rstrip(":") == (f"{total:.2f}" if total else "0")
         assert ("is below the mean" in sentence) == (process < 0)
         assert ("is above the mean" in sentence) == (process > 0)

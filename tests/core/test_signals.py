@@ -110,6 +110,57 @@ def test_too_large_a_lam_shows() -> None:
     assert "length_prm_correlation" not in found  # all lengths are alike
 
 
+def penalised(given: list[float], **change: Any) -> dict[str, float]:
+    """Right, right, wrong, wrong, by `orm` with these penalties."""
+    orm, without, ids = [1, 1, 0, 0], [NAN] * 4, [0] * 4
+    free = compute_advantages(orm, without, ids, variant="orm")
+    return round_signals(
+        orm_scores=orm,
+        prm_scores=without,
+        group_ids=ids,
+        advantages=compute_advantages(orm, without, ids, variant="orm", penalties=given),
+        completion_lengths=[5] * 4,
+        truncated=[False] * 4,
+        prm_statuses=["not_asked"] * 4,
+        variant="orm",
+        **{"penalties": given, "unpenalised": free.outcome} | change,
+    )
+
+
+def test_penalties_by_hand() -> None:
+    """1, 1/2, 0, -1/2 have the mean 1/4 and the deviation sqrt 5/12; right is 1 above wrong, as without penalties, where it is sqrt 1/3."""
+    found = penalised([0, -0.5, 0, -0.5])
+    assert (found["overlong_share"], found["overlong_penalty_mean"]) == (0.5, -0.25)
+    assert (found["accuracy"], found["inversions"]) == (0.5, 0)
+    assert found["advantage_mean_correct"] == pytest.approx(0.5 / math.sqrt(5 / 12), rel=1e-5)
+    assert found["outcome_alignment"] == pytest.approx(math.sqrt((1 / 3) / (5 / 12)), rel=1e-5)
+
+
+def test_a_reward_that_prefers_short_to_right_shows() -> None:
+    found = penalised([-2, -2, 0, 0])
+    assert (found["accuracy"], found["inversions"], found["negative_correct_share"]) == (0.5, 2, 1)
+    assert found["outcome_alignment"] == pytest.approx(-1, rel=1e-5)
+
+
+def test_penalties_of_nobody_are_zero_and_without_penalties_there_is_no_such_signal() -> None:
+    assert penalised([0, 0, 0, 0])["overlong_share"] == 0.0
+    assert not any(name.startswith("overlong") for name in signals())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unpenalised": None}, "penalties without the outcome advantages"),
+        ({"unpenalised": [0.0]}, "unpenalised has 1 values for 4 responses"),
+        ({"penalties": [0, 0, 0, 0.5]}, r"penalties\[3\] is 0.5"),
+        ({"penalties": [0, 0, 0, NAN]}, r"penalties\[3\] is nan"),
+    ],
+)
+def test_penalties_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        penalised([0, 0, 0, 0], **change)
+
+
 @pytest.mark.parametrize("score", [2 / 3, 0.1])
 def test_no_correlation_out_of_rounding(score: float) -> None:
     assert "length_prm_correlation" not in signals(prm_scores=[score] * 10)

@@ -26,7 +26,7 @@ from papo.errors import DataError, ParamsError
 from papo.params import AdvantageParams, ScoreOrmParams, ScorePrmParams
 from papo.schemas import ADVANTAGES, PROBLEMS, ROLLOUTS, problem_id
 from papo.stages import advantage, score_orm, score_prm
-from papo.store.manifest import Context
+from papo.store.manifest import Context, Manifest
 from papo.store.tables import read_rows, write_rows
 
 # TRL 1.16 asks transformers 5.23 by a name that is deprecated there.
@@ -197,7 +197,7 @@ def by_pipeline(folder: Path, tokenizer: Any, context: Context, **params: Any) -
             rows.append({
                 "round": 0, "problem_id": problem_id(prompt, answer), "sample_index": index, "prompt": prompt,
                 "prompt_ids": tokenizer.encode(prompt), "completion": text, "completion_ids": ids, "logprobs": [-1.0] * len(ids),
-                "finish_reason": "stop", "policy_digest": "none", **SAMPLING, "seed": index,
+                "finish_reason": "stop", "policy_digest": "none", **SAMPLING, "seed": index, "max_new_tokens": 32,
             })  # fmt: skip
     paths = {name: folder / f"{name}.parquet" for name in ("problems", "rollouts", "orm", "prm", "advantages")}
     write_rows(paths["rollouts"], ROLLOUTS, rows)
@@ -232,6 +232,50 @@ def test_the_same_rollouts_get_the_advantages_of_the_pipeline(
     assert texts == [text for completions in COMPLETIONS.values() for text in completions]
     np.testing.assert_array_equal(found, np.array([row["advantage"] for row in expected], dtype=np.float32))
     assert np.any(found != 0.0)
+
+
+@pytest.mark.parametrize("variant", ["papo", "mult", "capo"])
+def test_the_penalty_for_length_is_that_of_the_pipeline(
+    make: Callable[..., Any], tmp_path: Path, context: Context, variant: str
+) -> None:
+    judge = Process(critique=variant == "capo")
+    rewards = {"outcome_reward": outcome, "process_reward": judge}
+    trainer = make(rewards, variant=variant, overlong_buffer=24, overlong_factor=0.75)
+    _, _, found = batch(trainer)
+    overlong = {"buffer": 24, "factor": 0.75}
+    expected = by_pipeline(tmp_path, trainer.processing_class, context, variant=variant, overlong=overlong)
+    if variant == "capo":
+        for tokens, row in zip(found, expected, strict=True):
+            own = row["token_advantages"]
+            np.testing.assert_allclose(tokens[: len(own)], own, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(found, np.array([row["advantage"] for row in expected], dtype=np.float32))
+    assert np.any(found != batch(make(rewards, variant=variant))[2])
+    (signals,) = trainer.signals
+    stored = Manifest.read(tmp_path / "advantages.parquet").metrics
+    assert 0.0 < signals["overlong_share"] < 1.0
+    for name in ("overlong_share", "overlong_penalty_mean", "outcome_alignment", "accuracy"):
+        assert signals[name] == pytest.approx(stored[name], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"overlong_buffer": 0}, "buffer is 0"),
+        ({"overlong_buffer": 32}, "buffer is 32 and must be from 1 to below the limit of 32 tokens"),
+        ({"overlong_buffer": 8, "overlong_factor": -0.5}, "factor is -0.5"),
+        ({"overlong_buffer": 8, "max_completion_length": None}, "max_completion_length is None"),
+        (
+            {"overlong_buffer": 8, "overlong_factor": 1.0, "guard": "rank"},
+            "guard 'rank' keeps the order with penalties",
+        ),
+    ],
+)
+def test_an_impossible_penalty_for_length_is_refused(
+    make: Callable[..., Any], config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ParamsError, match=message):
+        make(**config)
 
 
 def test_training_moves_the_policy_and_logs_the_signals(make: Callable[..., Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import pytest
 
 from papo.errors import DataError, ParamsError
 from papo.params import AdvantageParams
-from papo.schemas import ADVANTAGES
+from papo.schemas import ADVANTAGES, ROLLOUTS
 from papo.stages import advantage
 from papo.store.manifest import Context, Manifest
-from papo.store.tables import read_rows
+from papo.store.tables import read_rows, write_rows
 
 OUTCOMES = [1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
 PROCESS = [1.0, 0.5, None, None, 1.0, 1.0, 0.0, 0.0]
@@ -95,6 +96,62 @@ def test_fewer_rows_are_refused(tmp_path: Path, small_round: Any, context: Conte
         run(given, tmp_path / "advantages.parquet", context)
 
 
+# ---- a penalty for length ----
+
+# 6, 7, 6 and 8 tokens of 8, the last two of which are a buffer: penalties 0, 1/4, 0, 1/2; and 8 each.
+LENGTHS = [6, 7, 6, 8, 8, 8, 8, 8]
+OVERLONG = {"buffer": 2, "factor": 0.5}
+
+
+def long_inputs(world: Any) -> advantage.Inputs:
+    ids = [[5] * length for length in LENGTHS]
+    rollouts = world.rollouts(completion_ids=ids, logprobs=[[-0.1] * length for length in LENGTHS])
+    return advantage.Inputs(0, rollouts, world.orm(OUTCOMES), world.prm(PROCESS))
+
+
+def test_long_responses_lose_reward_and_stay_correct(tmp_path: Path, small_round: Any, context: Context) -> None:
+    """By hand: rewards 1, 3/4, 0, -1/2 have mean 5/16 and deviations 11, 7, -5, -13 sixteenths, whose squares sum to 364/256."""
+    given, out = long_inputs(small_round), tmp_path / "advantages.parquet"
+    manifest = run(given, out, context, overlong=OVERLONG)
+    run(given, tmp_path / "free.parquet", context)
+    std = math.sqrt(364 / 256 / 3)
+    expected = [deviation / 16 / std for deviation in (11, 7, -5, -13)]
+    assert column(out, "outcome_advantage") == pytest.approx(expected + [0.0] * 4, rel=1e-5)
+    assert column(out, "outcome_advantage")[4:] == [0.0] * 4
+    assert column(out, "process_advantage") == column(tmp_path / "free.parquet", "process_advantage")
+    found = manifest.metrics
+    assert found["accuracy"] == 0.75
+    assert (found["overlong_share"], found["overlong_penalty_mean"]) == (6 / 8, -(0.25 + 5 * 0.5) / 8)
+    # Right is 7/8 + 1/4 above wrong; by the outcome alone it is 1.
+    assert found["outcome_alignment"] == pytest.approx((9 / 8 / std) / math.sqrt(3), rel=1e-5)
+
+
+def test_the_limit_is_that_which_the_responses_were_sampled_under(
+    tmp_path: Path, small_round: Any, context: Context
+) -> None:
+    long_inputs(small_round)
+    path = small_round.folder / "rollouts.parquet"
+    rows = [row | {"max_new_tokens": 10} for row in read_rows(path, ROLLOUTS)]
+    write_rows(path, ROLLOUTS, rows)
+    given = advantage.Inputs(0, path, small_round.orm(OUTCOMES), small_round.prm(PROCESS))
+    manifest = run(given, tmp_path / "advantages.parquet", context, overlong=OVERLONG)
+    assert manifest.metrics["overlong_share"] == 0.0
+    with pytest.raises(ParamsError, match="buffer is 10 and must be from 1 to below the limit of 10 tokens"):
+        run(given, tmp_path / "advantages.parquet", context, overlong={"buffer": 10})
+
+
+def test_without_the_param_there_is_no_penalty_and_no_signal(
+    tmp_path: Path, small_round: Any, context: Context
+) -> None:
+    given, out = long_inputs(small_round), tmp_path / "advantages.parquet"
+    manifest = run(given, out, context)
+    assert not any(name.startswith("overlong") for name in manifest.metrics)
+    assert column(out, "outcome_advantage")[0] == column(out, "outcome_advantage")[1]
+    assert not run(given, out, context, overlong=OVERLONG).skipped
+    assert run(given, out, context, overlong=OVERLONG).skipped
+    assert not run(given, out, context, overlong=OVERLONG | {"factor": 0.4}).skipped
+
+
 # ---- capo: one advantage a token ----
 
 # Two groups of four: right, right, wrong and unknown; three right and one wrong. Tokens of one character each, and the end of text.
@@ -174,6 +231,25 @@ def test_the_weights_of_capo(tmp_path: Path, small_round: Any, context: Context)
         read_rows(tmp_path / "b.parquet", ADVANTAGES), read_rows(tmp_path / "c.parquet", ADVANTAGES), strict=True
     ):
         assert double["token_advantages"] == pytest.approx([2 * value for value in single["token_advantages"]])
+
+
+def test_a_penalty_counts_in_every_token_of_capo(tmp_path: Path, small_round: Any, context: Context) -> None:
+    """As above, but the second response has all of its 7 tokens at 2 x (1 - 1/4): rewards of 2 x 6 - 2, 1.5 x 7, 0 x 2."""
+    out = tmp_path / "advantages.parquet"
+    manifest, _ = by_token(small_round, out, context, overlong={"buffer": 2, "factor": 0.5})
+    rows = read_rows(out, ADVANTAGES)
+    mean = (10 + 10.5) / 15
+    assert rows[0]["token_advantages"] == pytest.approx([2 - mean] * 3 + [1 - mean] * 2 + [2 - mean])
+    assert rows[1]["token_advantages"] == pytest.approx([1.5 - mean] * 7)
+    assert rows[2]["token_advantages"] == pytest.approx([-mean] * 2)
+    assert rows[1]["outcome_advantage"] == pytest.approx(1.5 - (2 * 6 + 1.5 * 7) / 15)
+    for row in rows:
+        assert row["outcome_advantage"] + row["process_advantage"] == pytest.approx(row["advantage"], abs=1e-6)
+    assert manifest.metrics["overlong_share"] == 1 / 8
+    # By the outcome alone, right is 2 above wrong in both groups; the process part is what `advantage` has beside it.
+    means = [row["advantage"] for row in rows]
+    lead = (means[0] + means[1]) / 2 - means[2] + sum(means[4:7]) / 3 - means[7]
+    assert manifest.metrics["outcome_alignment"] == pytest.approx(lead / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("steps", [[], [0.0], [0.0, 1.0, 0.0]])

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from failures import failure
 
-from papo.engines.protocols import Progress, TrainRow
+from papo.engines.protocols import Progress, TrainJob, TrainRow
 from papo.errors import CheckpointError, DataError, StageError
 from papo.params import TrainParams
+from papo.schemas import ADVANTAGES
 from papo.stages import train
 from papo.store.files import digest
 from papo.store.manifest import Context, Manifest
+from papo.store.tables import read_rows, write_rows
 
 VALUES = [1.0, -1.0, 0.5, -0.5, 0.0, 2.0, -1.0, -1.0]
 
 
 class FakeTrainer:
     def __init__(self, stop: Callable[[], None] = lambda: None) -> None:
-        self.calls: list[tuple[Path, Path | None, Sequence[Sequence[TrainRow]]]] = []
+        self.calls: list[TrainJob] = []
         self._stop = stop
 
-    def train(
-        self, policy: Path, state: Path | None, groups: Sequence[Sequence[TrainRow]], out: Path, out_state: Path,
-        progress: Progress,
-    ) -> list[dict[str, float]]:  # fmt: skip
-        self.calls.append((policy, state, groups))
-        for folder in (out, out_state):
+    def train(self, job: TrainJob, progress: Progress) -> list[dict[str, float]]:
+        self.calls.append(job)
+        for folder in (job.out, job.out_state):
             folder.mkdir()
             (folder / "half").write_text("half")
             self._stop()
@@ -43,7 +45,7 @@ class FakeTrainer:
 def inputs(world: Any, values: list[float] = VALUES, **change: Any) -> train.Inputs:
     given = {
         "round": 0, "seed": 0, "rollouts": world.rollouts(), "advantages": world.advantages(values),
-        "policy": world.policy, "state": None, "temperature": 1.0,
+        "policy": world.policy, "state": None, "reference": None, "temperature": 1.0, "max_new_tokens": 8,
     }  # fmt: skip
     return train.Inputs(**given | change)
 
@@ -59,10 +61,13 @@ def tree(folder: Path) -> list[str]:
 def test_policy_state_and_record(tmp_path: Path, small_round: Any, context: Context) -> None:
     engine, given = FakeTrainer(), inputs(small_round)
     manifest = run(given, tmp_path, engine, context)
-    ((policy, state, groups),) = engine.calls
-    assert (policy, state) == (given.policy, None)
-    assert [[row.advantage for row in group] for group in groups] == [VALUES[:4], VALUES[4:]]
-    assert groups[0][0] == TrainRow([1], [5, 6], pytest.approx([-0.1, -0.2]), 1.0, None)
+    (job,) = engine.calls
+    assert (job.round, job.policy, job.state, job.reference) == (0, given.policy, None, None)
+    assert [[row.advantage for row in group] for group in job.groups] == [VALUES[:4], VALUES[4:]]
+    problem = small_round.keys[0][1]
+    first = TrainRow([1], [5, 6], pytest.approx([-0.1, -0.2]), 1.0, None, problem_id=problem, sample_index=0)
+    assert job.groups[0][0] == first
+    assert job.work.is_relative_to(context.work)
     assert tree(tmp_path / "0") == ["policy", "policy.manifest.json", "policy/whole", "trainer", "trainer/whole"]
     assert manifest.metrics == {
         "loss": 1.5, "ratio_min": 0.7, "ratio_max": 1.3, "first_step_ratio_min": 0.9, "first_step_ratio_max": 1.1,
@@ -75,8 +80,8 @@ def test_one_advantage_a_token_reaches_the_trainer(tmp_path: Path, small_round: 
     given, engine = inputs(small_round), FakeTrainer()
     small_round.advantages(VALUES, token_advantages=tokens)
     run(given, tmp_path, engine, context)
-    ((_, _, groups),) = engine.calls
-    assert [row.token_advantages for group in groups for row in group] == tokens
+    (job,) = engine.calls
+    assert [row.token_advantages for group in job.groups for row in group] == tokens
 
 
 def test_a_second_run_does_nothing_and_another_state_does(tmp_path: Path, small_round: Any, context: Context) -> None:
@@ -122,6 +127,89 @@ def test_advantages_of_other_rollouts_are_refused(tmp_path: Path, small_round: A
     with pytest.raises(DataError, match="8 rows are not the 8 rows of the rollouts") as caught:
         run(given, tmp_path, FakeTrainer(), context)
     assert caught.value.where == str(given.advantages)
+
+
+NAN, INF = float("nan"), float("inf")
+THIRD: list[Any] = [None] * 8
+BAD_ADVANTAGES: dict[str, tuple[list[Any], dict[str, Any], str]] = {
+    "NaN": ([*VALUES[:2], NAN, *VALUES[3:]], {}, "advantage holds nan"),
+    "inf": ([*VALUES[:2], INF, *VALUES[3:]], {}, "advantage holds inf"),
+    "fewer tokens": (VALUES, {"token_advantages": [None, None, [0.5], *THIRD[3:]]}, "1 token_advantages for 2 tokens"),
+    "more tokens": (VALUES, {"token_advantages": [None, None, [1, 2, 3], *THIRD[3:]]}, "3 token_advantages for 2 tokens"),
+    "a NaN token": (VALUES, {"token_advantages": [None, None, [1, NAN], *THIRD[3:]]}, "token_advantages holds nan"),
+    "a null token": (VALUES, {"token_advantages": [None, None, [1, None], *THIRD[3:]]}, "token_advantages holds None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ADVANTAGES)
+def test_advantages_that_cannot_be_trained_on_are_refused_by_their_row(
+    tmp_path: Path, small_round: Any, context: Context, name: str
+) -> None:
+    values, columns, what = BAD_ADVANTAGES[name]
+    given, engine = inputs(small_round), FakeTrainer()
+    small_round.advantages(values, **columns)
+    error = failure(DataError, lambda: run(given, tmp_path, engine, context))
+    assert what in error.what
+    _, problem, index = small_round.keys[2]
+    assert error.what.startswith(f"row {problem}/{index}: ")
+    assert error.where == str(given.advantages)
+    assert error.fix == "run advantage of this round again"
+    assert engine.calls == []
+    assert tree(tmp_path / "0") == []
+
+
+def test_a_null_advantage_is_refused(tmp_path: Path, small_round: Any, context: Context) -> None:
+    given, engine = inputs(small_round), FakeTrainer()
+    table = pq.read_table(given.advantages)
+    at = table.schema.get_field_index("advantage")
+    pq.write_table(
+        table.set_column(at, "advantage", pa.array([1.0, None, *VALUES[2:]], pa.float32())), given.advantages
+    )
+    error = failure(DataError, lambda: run(given, tmp_path, engine, context))
+    assert error.what == "column advantage of the table advantages is null in 1 rows"
+    assert error.where == f"{given.advantages}, row 1"
+    assert engine.calls == []
+
+
+TWO = [[-0.1, -0.2]] * 2
+BAD_ROLLOUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "fewer log-probs": ({"logprobs": [*TWO, [-0.1], *TWO, *TWO, [-0.1, -0.2]]}, "1 logprobs for 2 tokens"),
+    "no log-probs": ({"logprobs": [*TWO, [], *TWO, *TWO, [-0.1, -0.2]]}, "0 logprobs for 2 tokens"),
+    "a NaN": ({"logprobs": [*TWO, [NAN, -0.1], *TWO, *TWO, [-0.1, -0.2]]}, "logprobs holds nan"),
+    "an infinite one": ({"logprobs": [*TWO, [-INF, -0.1], *TWO, *TWO, [-0.1, -0.2]]}, "logprobs holds -inf"),
+    "more tokens": ({"completion_ids": [[5, 6], [5, 6], [5, 6, 7], *[[5, 6]] * 5]}, "2 logprobs for 3 tokens"),
+    "no prompt": ({"prompt_ids": [[1], [1], [], *[[1]] * 5]}, "no prompt_ids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROLLOUTS)
+def test_rollouts_that_cannot_be_trained_on_are_refused_by_their_row(
+    tmp_path: Path, small_round: Any, context: Context, name: str
+) -> None:
+    columns, what = BAD_ROLLOUTS[name]
+    given, engine = inputs(small_round), FakeTrainer()
+    small_round.rollouts(**columns)
+    error = failure(DataError, lambda: run(given, tmp_path, engine, context))
+    _, problem, index = small_round.keys[2]
+    assert error.what == f"row {problem}/{index}: {what}"
+    assert error.where == str(given.rollouts)
+    assert error.fix == "run rollout of this round again"
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize(
+    "order", [[0, 1, 2, 3, 4, 5, 6], [1, 0, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7, 7], []], ids=str
+)
+def test_advantages_of_missing_moved_or_doubled_rows_are_refused(
+    tmp_path: Path, small_round: Any, context: Context, order: list[int]
+) -> None:
+    given, engine = inputs(small_round), FakeTrainer()
+    rows = read_rows(given.advantages, ADVANTAGES)
+    write_rows(given.advantages, ADVANTAGES, [rows[at] for at in order])
+    error = failure(DataError, lambda: run(given, tmp_path, engine, context))
+    assert error.what == f"its {len(order)} rows are not the 8 rows of the rollouts"
+    assert error.where == str(given.advantages)
+    assert engine.calls == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), StageError("the loss is not finite")])

@@ -62,7 +62,18 @@ MIRRORED = {
         "length_prm_correlation",
         "verification_share",
     ),
-    "train": ("loss", "grad_norm", "clipped_share", "approx_kl", "entropy"),
+    "train": (
+        "loss",
+        "grad_norm",
+        "clipped_low_share",
+        "clipped_high_share",
+        "approx_kl",
+        "entropy",
+        "effective_sample_size",
+        "skipped_share",
+        "padding_share",
+        "tokens_per_second",
+    ),
     "score_prm": ("calls", "cost", "cached_share", "cache_saved", "not_asked_saved", "asked_share"),
 }
 """Metrics by stage that the parent run shows too, so that the comparison of two runs draws their curves."""
