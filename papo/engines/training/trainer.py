@@ -83,22 +83,13 @@ class GrpoTrainer:
 
     def train_on(self, devices: Devices, job: TrainJob, progress: Progress) -> list[dict[str, float]]:
         """`train` as one of the processes that `devices` joins; all are given the same job."""
-        return _Round(
-            self._params, self._temperature, self._max_new_tokens, self._seed, self._warn, devices, job
-        ).run(progress)  # fmt: skip
+        return _Round(self, devices, job).run(progress)
 
 
 class _Round:
-    def __init__(
-        self,
-        params: TrainParams,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-        warn: Warn,
-        devices: Devices,
-        job: TrainJob,
-    ) -> None:
+    def __init__(self, trainer: GrpoTrainer, devices: Devices, job: TrainJob) -> None:
+        params, temperature, max_new_tokens = trainer._params, trainer._temperature, trainer._max_new_tokens
+        seed, warn = trainer._seed, trainer._warn
         self._params, self._seed, self._devices, self._job = params, seed, devices, job
         self._warn: Warn = warn if devices.rank == 0 else lambda message: None
         p = params
