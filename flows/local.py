@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from prefect.client.orchestration import get_client
 
+from flows.doctor import check_named_server
+from flows.guarded import start_guard
 from papo.console import show_summary
 from papo.errors import PapoError
 from papo.session import Summary
@@ -19,18 +21,22 @@ def main(run: Callable[..., Summary]) -> int:
     """Runs the flow and shows its result, as `papo run` does.
 
     Returns:
-        0 done; 2 the input is wrong; 1 a stage could not finish; 130 interrupted.
+        0 done; 2 the input is wrong; 1 a stage could not finish; 3 an alarm stopped the run; 4 an alarm waits for a person; 130
+        interrupted.
     """
     options = _parser().parse_args()
     _quiet_console()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the server is stopped, too
     try:
+        check_named_server()
+        start_guard()  # before the server, which must not outlive this process either, however that goes
         _start_server()
         summary = run(
             preset=options.preset,
             overrides=tuple(options.overrides),
             workspace=options.workspace,
             dvc=not options.no_dvc,
+            go_on=options.go_on,
         )
     except PapoError as error:
         sys.stderr.write(f"papo: {error}\n")
@@ -72,4 +78,6 @@ def _parser() -> argparse.ArgumentParser:
         "--workspace", default=".", metavar="DIR", help="where data/ and artifacts/ lie (default: here)"
     )
     parser.add_argument("--no-dvc", action="store_true", help="do not record the outputs with DVC at the end")
+    accept = "accept the alarm that stopped this run, and go on"
+    parser.add_argument("--go-on", action="store_true", help=accept)
     return parser

@@ -15,6 +15,7 @@ from typing import Any
 from papo.engines.protocols import Aligner, Judge, JudgeItem, Judgement, Progress, Verdict, Verifier, VerifyItem
 from papo.params import AdvantageParams
 from papo.stages import advantage, score_orm, score_prm
+from papo.store.faults import reached
 
 Rows = Sequence[Mapping[str, Any]]
 Outcomes = list[float | None]
@@ -93,7 +94,9 @@ class Ahead:
 
     def _verify(self, rows: Rows) -> None:
         items = score_orm.items_of(rows, self._problems)
+        reached("verify")
         self._verdicts |= zip(items, self._verifier.verify(items, lambda done: None), strict=True)
+        reached("verified")
         self._judging.submit(rows)
 
     def _ask(self, rows: Rows) -> None:
@@ -101,7 +104,9 @@ class Ahead:
             return
         outcomes = [self._verdicts[item].score for item in score_orm.items_of(rows, self._problems)]
         _, items = score_prm.items_of(rows, outcomes, self._params.variant, self._problems)
+        reached("judge")
         self._judgements |= zip(items, self._judge.judge(items, lambda done: None), strict=True)
+        reached("judged")
 
 
 class _Line:
@@ -184,7 +189,7 @@ class _KnowingVerifier:
 class _WaitingJudge:
     def __init__(self, then: Judge, wait: Callable[[], None]) -> None:
         self._then, self._wait = then, wait
-        self.name, self.rubric, self.digest = then.name, then.rubric, then.digest
+        self.name, self.rubric, self.digest, self.apart = then.name, then.rubric, then.digest, then.apart
 
     def check(self) -> None:
         self._then.check()

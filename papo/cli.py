@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0 done; 2 the input is wrong; 1 a stage could not finish; 130 interrupted.
+        0 done; 2 the input is wrong; 1 a stage could not finish; 3 an alarm stopped the run; 4 an alarm waits for a person; 130
+        interrupted.
     """
     options = _parser().parse_args(arguments)
     quiet_environment()
@@ -96,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         _common(stage)
     run = commands.add_parser("run", help="the whole pipeline in this process, without any server", allow_abbrev=False)
     run.add_argument("--no-dvc", action="store_true", help="do not record the outputs with DVC at the end")
+    accept = "accept the alarm that stopped this run, and go on"
+    run.add_argument("--go-on", action="store_true", help=accept)
     run.add_argument("--name", help="name of the run in MLflow")
     _common(run)
     _common(commands.add_parser("params", help="print every param with its value in force", allow_abbrev=False))
@@ -139,9 +142,62 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("file", nargs="?", type=Path, metavar="FILE", help="of export: *.parquet or *.jsonl")
     cache.add_argument("--store", type=Path, metavar="FILE", help="the store (default: .papo/verdicts.sqlite)")
     _common(cache)
+    _lineage(commands)
+    record = "what of the record of runs MLflow does not have yet: which runs wait (status), or deliver it (sync)"
+    track = commands.add_parser("track", help=record, description=record, allow_abbrev=False)
+    track.add_argument("action", choices=("sync", "status"), metavar="sync|status")
+    track.add_argument("--all", action="store_true", help="also every workspace in a folder below")
+    track.add_argument("--to", metavar="URI", help="of sync: another MLflow than the one where it was to be recorded")
+    track.add_argument("--experiment", metavar="NAME", help="of sync: another experiment than the recorded one")
+    _common(track)
+    takes = (
+        "what a run takes, by rates that another was measured at: seconds, device-seconds, judge tokens, money, bytes"
+    )
+    cost = commands.add_parser("cost", help=takes, description=f"{takes}. docs/scale.md", allow_abbrev=False)
+    cost.add_argument("--from-run", type=Path, metavar="DIR", help="workspace of the run that was measured")
+    cost.add_argument("--rates", type=Path, metavar="FILE", help="rates that --out has written")
+    cost.add_argument("--out", type=Path, metavar="FILE", help="write the rates of --from-run there, as JSON")
+    cost.add_argument(
+        "--run-devices", type=int, metavar="N", default=1, help="that --from-run sampled with (default: 1)"
+    )
+    cost.add_argument(
+        "--parameters", type=float, metavar="N", help="of the policy, such as 7.6e9 (default: as measured)"
+    )
+    cost.add_argument("--prompt-tokens", type=float, metavar="N", help="mean of a prompt (default: as measured)")
+    cost.add_argument("--completion-tokens", type=float, metavar="N", help="mean of a response (default: as measured)")
+    cost.add_argument(
+        "--sampling-devices", type=int, metavar="N", help="that the planned run has (default: by the params)"
+    )
+    cost.add_argument("--judge-devices", type=int, metavar="N", default=0, help="that the judge's servers have")
+    cost.add_argument("--peak-tflops", type=float, metavar="X", help="of a device, in the type that is computed in")
+    cost.add_argument("--mfu", type=float, metavar="SHARE", help="of the peak, in training; where no rate was measured")
+    cost.add_argument("--sampling-mfu", type=float, metavar="SHARE", help="of the peak, in sampling; likewise")
+    _common(cost)
     dvc = commands.add_parser("dvc", help="write dvc.yaml anew from params.yaml", allow_abbrev=False)
     dvc.add_argument("--check", action="store_true", help="only say whether dvc.yaml is up to date")
     return parser
+
+
+def _lineage(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = "a workspace, or the first digits of an id: of the run, its lineage, flow run, MLflow run, policy or other output"
+    chain = "what a run was made of and what it made, tied by one id; without RUN, the runs known here"
+    lineage = commands.add_parser("lineage", help=chain, description=chain, allow_abbrev=False)
+    lineage.add_argument("run", nargs="?", metavar="RUN", help=run)
+    two = (
+        "what differs between two runs: the first stage with other outputs and why, data, code, judge, alarms, metrics"
+    )
+    diff = commands.add_parser("diff", help=two, description=two, allow_abbrev=False)
+    diff.add_argument("a", metavar="A", help=run)
+    diff.add_argument("b", metavar="B", help="the same")
+    again = "make a run again from its record; exit code 0 if all is byte-equal, 1 if not"
+    reproduce = commands.add_parser("reproduce", help=again, description=again, allow_abbrev=False)
+    reproduce.add_argument("run", metavar="RUN", help=run)
+    reproduce.add_argument("--workspace", type=Path, metavar="DIR", help="a new folder (default: runs/reproduce-<id>)")
+    for parser in (lineage, diff, reproduce):
+        parser.add_argument("--json", action="store_true", help="everything, as JSON")
+        parser.add_argument(
+            "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="such as tracking.uri=..."
+        )
 
 
 def _port(text: str) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,19 @@ from rich.table import Table
 from rich.text import Text
 
 from papo.calibration import MEASURES
-from papo.core.alarms import Alarm, onsets
+from papo.core.alarms import ALARMS, Alarm, onsets
+from papo.core.cost_model import Line
 from papo.core.costs import money
+from papo.decisions import Decisions, user
 from papo.engines.policy import import_libraries
+from papo.errors import printable
 from papo.inspection import Explained, Rederivation, Response
+from papo.params import OnAlarmParams
 from papo.session import Summary
 from papo.store.manifest import Context
 from papo.store.verdicts import Spent, StoreStats, Verified
+from papo.track import Delivered, Waiting
+from papo.watch import Answer, Question
 
 # Columns that are no numbers.
 WORDS = (
@@ -39,6 +46,7 @@ WORDS = (
     "stage",
     "alarm",
     "evidence",
+    "done",
     "stored",
     "variant",
     "model",
@@ -71,10 +79,17 @@ def warn(message: str) -> None:
 def configure_logging() -> None:
     """Structured lines on standard error: time, level, message."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+class _Plain(logging.Formatter):
+    """Whatever a line quotes, it steers no terminal and begins no line as this log does."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record)).replace("\n", "\n  ")
 
 
 class _Rate(ProgressColumn):
@@ -124,8 +139,8 @@ def show_stored(stats: StoreStats, spent: Sequence[tuple[str, str, Spent]]) -> N
 def stored_rows(stats: StoreStats) -> list[dict[str, str]]:
     return [
         {
-            "model": escape(_printable(one.model)),
-            "rubric": escape(_printable(one.rubric)),
+            "model": one.model,
+            "rubric": one.rubric,
             "verdicts": f"{one.verdicts:,}",
             "tokens in": f"{one.prompt_tokens:,}",
             "tokens out": f"{one.completion_tokens:,}",
@@ -140,8 +155,8 @@ def stored_rows(stats: StoreStats) -> list[dict[str, str]]:
 def spent_rows(spent: Sequence[tuple[str, str, Spent]]) -> list[dict[str, str]]:
     return [
         {
-            "run": escape(_printable(_middle_cut(run))),
-            "variant": escape(_printable(variant)),
+            "run": _middle_cut(run),
+            "variant": variant,
             "calls": f"{one.calls:,}",
             "failed": f"{one.failed:,}",
             "tokens in": f"{one.prompt_tokens:,}",
@@ -161,7 +176,7 @@ def show_verified(verified: Verified, store: Path) -> int:
     """Every damage, a line each, on standard output; the exit code."""
     out = _output()
     for line in verified.damage:
-        out.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
+        out.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     found = f"damages: {len(verified.damage)}" if verified.damage else "all is whole"
     keys = f"{verified.recomputed:,} keys computed anew, {verified.calls:,} paid calls"
     out.print(
@@ -170,10 +185,12 @@ def show_verified(verified: Verified, store: Path) -> int:
     return 1 if verified.damage else 0
 
 
-def show_alarms(rounds: int, raised: list[Alarm]) -> None:
-    """Each alarm as it began to ring, on standard output."""
+def show_alarms(rounds: int, raised: list[Alarm], on_alarm: OnAlarmParams, decisions: Decisions) -> None:
+    """Each alarm as it began to ring, what is done about it, and what was decided, on standard output."""
     out = _output()
-    rows = alarm_rows(onsets(raised))
+    rows = alarm_rows(onsets(raised), decisions.words)
+    for row in rows:
+        row["policy"] = on_alarm.of(row["alarm"])
     if rows:
         out.print(_table(rows))
     ringing = [alarm.name for alarm in raised if alarm.round == rounds - 1]
@@ -181,6 +198,60 @@ def show_alarms(rounds: int, raised: list[Alarm]) -> None:
         f"{rounds} {'round' if rounds == 1 else 'rounds'}; ringing in the last one: {', '.join(ringing) or 'none'}",
         highlight=False,
     )
+    policies: dict[str, list[str]] = {}
+    for name in ALARMS:
+        policies.setdefault(on_alarm.of(name), []).append(name)
+    for policy, alarms in policies.items():
+        out.print(f"{policy}: {', '.join(alarms)}", highlight=False, soft_wrap=True)
+    if (stopped := decisions.stopped) is not None:
+        names = ", ".join(one.name for one in stopped.alarms)
+        good = f"the last good policy is {stopped.good.policy}: {stopped.good.why}"
+        out.print(f"stopped at {stopped.at} by {names}; {good}", highlight=False, markup=False, soft_wrap=True)
+
+
+def ask_in_terminal(question: Question) -> Answer | None:
+    """Asks whether the run goes on, with the evidence; None where there is no terminal to answer in."""
+    if not sys.stdin.isatty():
+        return None
+    lines = [f"alarm {alarm.name} in round {alarm.round}: {alarm.evidence}" for alarm in question.alarms]
+    good = question.good
+    lines += [f"the last good policy is {good.policy} in {good.folder}: {good.why}", f"going on {question.meaning}"]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    while True:
+        console.print("go on (y) or stop here (n)? ", end="", highlight=False, markup=False)
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        if (given := line.strip().lower()) in ("y", "yes", "go on", "n", "no", "stop here"):
+            return Answer(given in ("y", "yes", "go on"), user())
+
+
+def show_waiting(waiting: Sequence[Waiting]) -> None:
+    """Runs of which some is not in MLflow, on standard output."""
+    out = _output()
+    for one in waiting:
+        refused = f", {one.refused} of them refused" if one.refused else ""
+        out.print(
+            f"{one.workspace}: {one.run} ({one.status}): {one.records} records wait for {one.target}, experiment {one.experiment}"
+            f"{refused}; {one.megabytes:,.1f} MB, {one.journal}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    total = sum(one.records for one in waiting)
+    end = (
+        f"{total} records of {len(waiting)} runs wait; `papo track sync` delivers them" if waiting else "nothing waits"
+    )
+    out.print(end, highlight=False, soft_wrap=True)
+
+
+def show_delivered(results: Sequence[Delivered]) -> None:
+    """What became of each run that had waited, on standard output."""
+    out = _output()
+    for one in results:
+        waits = f", {one.waiting} wait: {one.why}" if one.why else ""
+        line = f"{one.workspace}: {one.run}: {one.delivered} records delivered to {one.target}{waits}"
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not results:
+        out.print("nothing waits", highlight=False)
 
 
 def show_rederivation(rederivation: Rederivation) -> None:
@@ -221,7 +292,7 @@ def show_summary(summary: Summary) -> None:
     for title, rows in (
         ("Accuracy in percent, 95 % interval", accuracy_rows(summary)),
         ("Training", course_rows(summary)),
-        ("Alarms", alarm_rows(summary.alarms)),
+        ("Alarms", alarm_rows(summary.alarms, summary.accepted)),
         (time_title, time_rows(summary)),
     ):
         if rows:
@@ -233,6 +304,28 @@ def show_summary(summary: Summary) -> None:
     if summary.link:
         out.print(f"MLflow   {summary.link}", soft_wrap=True)
     out.print(f"DVC      {summary.dvc}", soft_wrap=True)
+
+
+def show_costs(lines: Sequence[Line]) -> None:
+    """A table on standard output; what was not measured is said to be unknown."""
+    _output().print(_table(cost_rows(lines)))
+
+
+def cost_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
+    """One row an amount: a round, the run, and from what it follows."""
+    return [
+        {"stage": line.what, "a round": _amount(line.round, line.unit), "the run": _amount(line.run, line.unit), "meaning": line.by}
+        for line in lines
+    ]  # fmt: skip
+
+
+def _amount(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    if unit == "bytes":
+        power = min(4, int(math.log(value, 1000))) if value >= 1 else 0
+        return f"{value / 1000**power:,.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    return money(value) if unit == "money" else f"{value:,.{1 if value < 100 else 0}f} {unit}"
 
 
 def show_calibration(folder: Path, found: dict[str, Any]) -> None:
@@ -390,9 +483,12 @@ def course_rows(summary: Summary) -> list[dict[str, str]]:
     ]
 
 
-def alarm_rows(begun: list[Alarm]) -> list[dict[str, str]]:
-    """A row each time an alarm began to ring."""
-    return [{"alarm": alarm.name, "from round": str(alarm.round), "evidence": alarm.evidence} for alarm in begun]
+def alarm_rows(begun: list[Alarm], accepted: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """A row each time an alarm began to ring, with who let the run go on, if anybody had to."""
+    rows = [{"alarm": alarm.name, "from round": str(alarm.round), "evidence": alarm.evidence} for alarm in begun]
+    if accepted:
+        rows = [row | {"done": accepted.get(row["alarm"], "")} for row in rows]
+    return rows
 
 
 def judging_words(judging: dict[str, float]) -> str:
@@ -498,7 +594,7 @@ def time_rows(summary: Summary) -> list[dict[str, str]]:
 
 def _fitted(out: Console, rows: list[dict[str, str]]) -> Table:
     """A table of text that is no markup; where there is no terminal, the output becomes as wide as it needs."""
-    table = _table([{name: escape(value) for name, value in row.items()} for row in rows])
+    table = _table(rows)
     if not out.is_terminal:
         out.width = max(out.width, out.measure(table, options=out.options.update(width=1000)).maximum)
     return table
@@ -509,7 +605,7 @@ def _section(out: Console, title: str, paragraphs: list[str]) -> None:
     if title:
         out.print(title, style="bold", highlight=False, markup=False)
     for paragraph in paragraphs:
-        for line in _printable(paragraph).splitlines() or [""]:
+        for line in printable(paragraph).splitlines() or [""]:
             wrapped = textwrap.fill(line, out.width, initial_indent="  ", subsequent_indent="      ")
             out.print(wrapped, highlight=False, markup=False)
 
@@ -518,13 +614,8 @@ def _numbered(responses: list[Response], lines: list[str]) -> list[str]:
     return [f"{response.sample_index:>2}  {line}" for response, line in zip(responses, lines, strict=True)]
 
 
-def _printable(text: str) -> str:
-    """Without what would steer the terminal: a response may hold anything."""
-    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
-
-
 def _shortened(text: str, limit: int = 24) -> str:
-    plain = _printable(text).replace("\n", " ")
+    plain = printable(text).replace("\n", " ")
     return plain if len(plain) <= limit else f"{plain[: limit - 3]}..."
 
 
@@ -562,5 +653,5 @@ def _table(rows: list[dict[str, str]]) -> Table:
     for name in rows[0] if rows else ():
         table.add_column(name, justify="left" if name in WORDS else "right")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(escape(printable(value)) for value in row.values()))
     return table

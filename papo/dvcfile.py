@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from papo.params import Params
+from papo.params import UNDECIDING, Params
 from papo.pipeline import CODE, ROUND_STAGES, STAGES, Step
 from papo.stages.prepare import local_files
 from papo.stages.warmstart import local_checkpoint
@@ -32,7 +32,7 @@ PARAMS = {
     "advantage": ["advantage"],
     "train": ["train", "rollout.temperature", "rollout.max_new_tokens", "run.seed"],
     "evaluate": ["evaluate", "run.seed", "run.rounds", "rollout.engine"],
-    "report": [section for section in Params.model_fields if section != "tracking"],
+    "report": ["run.seed", "run.rounds", *(name for name in Params.model_fields if name not in ("run", *UNDECIDING))],
 }  # fmt: skip
 
 
@@ -107,13 +107,18 @@ def _also(stage: str, params: Params) -> tuple[str, ...]:
     return ("score_orm", "score_prm", "advantage") if by_advantage else ()
 
 
+def _code(stage: str, also: tuple[str, ...]) -> list[str]:
+    """Files and folders of code; the report names the lineage, which is of the code of every stage."""
+    stages = tuple(CODE) if stage == "report" else (stage, *also)
+    return list(dict.fromkeys(path for one in stages for path in CODE[one]))
+
+
 def _stage(stage: str, deps: list[str], outs: list[str], *, also: tuple[str, ...]) -> dict[str, object]:
     step = Step(stage, round=None).command
-    code = dict.fromkeys(path for one in (stage, *also) for path in CODE[one])
     depends = dict.fromkeys(name for one in (stage, *also) for name in PARAMS[one])
     return {
         "cmd": f"{step} --round ${{item.k}}" if stage in ROUND_STAGES else step,
-        "deps": [*(f"papo/{path}" for path in code), *deps],
+        "deps": [*(f"papo/{path}" for path in _code(stage, also)), *deps],
         "params": list(depends),
         "outs": outs,
     }

@@ -12,9 +12,17 @@
     └── StageError                exit 1: the stage ran and could not finish
         ├── FailedRowsError       more rows failed than the stage allows
         ├── ServerDownError       a server that the stage asks does not answer; the stage can be started again
-        └── BudgetError           the stage has spent what it may
+        ├── BudgetError           the stage has spent what it may
+        ├── NotFiniteError        loss or gradient are not finite in too many steps
+        └── AlarmError            exit 3: an alarm ended the run, as `on_alarm` says; what is done is kept
+            ├── ToldToStopError   exit 3: the person who was asked said so
+            └── UnansweredError   exit 4: a person has to say whether it goes on, and none could be asked
 
 Every message answers three questions: what is wrong, where, and what to do about it.
+
+`retry` of a class says whether time alone may mend it, so that whoever runs a stage may start it again with nothing changed. Only a server
+that is down, or a process of one that died, is such a case (ServerDownError): the input stays wrong, a full disk stays full, money that is
+spent stays spent, and rows that failed have been tried again by the stage itself.
 """
 
 from __future__ import annotations
@@ -30,6 +38,7 @@ class PapoError(Exception):
     """
 
     exit_code = 1
+    retry = False
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
@@ -41,10 +50,15 @@ class PapoError(Exception):
             lines.append(f"  where: {self.where}")
         if self.fix:
             lines.append(f"  to do: {self.fix}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal or hide in it: a model, or a data set, may say anything."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 
 def _rebuild(cls: type[PapoError], what: str, where: str, fix: str) -> PapoError:
@@ -96,6 +110,28 @@ class FailedRowsError(StageError):
 class ServerDownError(StageError):
     """A server that the stage asks does not answer; started again later, the stage goes on with what it has."""
 
+    retry = True
+
 
 class BudgetError(StageError):
     """The next call could cost more than is left; what was paid for is kept."""
+
+
+class NotFiniteError(StageError):
+    """Loss or gradient are not finite in too many steps of a round."""
+
+
+class AlarmError(StageError):
+    """An alarm ended the run before it was done; the last good policy is named in artifacts/last_good.json."""
+
+    exit_code = 3
+
+
+class ToldToStopError(AlarmError):
+    """A person was asked about an alarm and said to stop here."""
+
+
+class UnansweredError(AlarmError):
+    """An alarm is for a person to decide, and there was none to ask."""
+
+    exit_code = 4

@@ -13,23 +13,25 @@ from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from papo.core.advantages import VARIANTS, compute_advantages, count_inversions, process_needed
-from papo.core.alarms import Alarm, Limits, fired
+from papo.core.alarms import Alarm, Limits, fired, trained
 from papo.core.compare import Comparison, compare
 from papo.core.explain import Group, Settings, Why, explain
-from papo.core.groups import BoolArray, FloatArray
+from papo.core.groups import BoolArray, FloatArray, IndexArray
 from papo.core.overlong import overlong_penalties
 from papo.core.peers import trl_gdpo, verl_gdpo
 from papo.engines.tokenizer import TokenizerAligner
 from papo.errors import DataError, MissingInputError, ParamsError, UserError
 from papo.params import AdvantageParams, AlarmsParams, Variant
 from papo.schemas import ADVANTAGES, ORM, PRM, ROLLOUTS
-from papo.stages.advantage import by_tokens, penalties_of
-from papo.stages.rows import check_aligned, of_problems
+from papo.stages.advantage import by_tokens, completion_lengths, penalties_of
+from papo.stages.rows import check_same_rows, of_problems
 from papo.store.layout import Workspace, manifest_path
 from papo.store.manifest import Manifest
-from papo.store.tables import read_columns, read_rows
+from papo.store.tables import codes, numbers, read_table, values
 
 STORED = 1e-6
 """Relative distance below which advantages stored as float32 are one value."""
@@ -43,33 +45,41 @@ PEER_VARIANTS = ("orm", "mult", "fullnorm")
 
 @dataclass(frozen=True)
 class ScoredRound:
-    """The scores and advantages of a round, one row a response, and how the advantages were computed."""
+    """The scores and advantages of a round, one row a response, and how the advantages were computed.
+
+    `groups` numbers the problems of the rows, whose ids are `names`.
+    """
 
     number: int
-    orm: list[dict[str, Any]]
-    prm: list[dict[str, Any]]
-    advantages: list[dict[str, Any]]
+    orm: pa.Table
+    prm: pa.Table
+    advantages: pa.Table
     settings: Settings
 
     @cached_property
-    def problem_ids(self) -> list[str]:
-        return [row["problem_id"] for row in self.orm]
+    def groups(self) -> IndexArray:
+        return codes(self.orm, "problem_id")[0]
+
+    @cached_property
+    def names(self) -> list[str]:
+        return codes(self.orm, "problem_id")[1]
 
     @cached_property
     def outcomes(self) -> FloatArray:
-        return _column(self.orm, "orm_score")
+        return numbers(self.orm, "orm_score")
 
     @cached_property
     def processes(self) -> FloatArray:
-        return _column(self.prm, "prm_score")
+        return numbers(self.prm, "prm_score")
 
     def advantage(self, name: str) -> FloatArray:
         """A column of the advantages; `advantage` is the mean over the tokens where they have their own."""
-        stored = _column(self.advantages, name)
-        if name == "advantage":
-            for at, row in enumerate(self.advantages):
-                if row["token_advantages"]:
-                    stored[at] = np.mean(row["token_advantages"])
+        stored = numbers(self.advantages, name).copy()
+        tokens = self.advantages["token_advantages"]
+        if name == "advantage" and tokens.null_count < len(tokens):
+            for at, own in enumerate(tokens):
+                if own.is_valid and len(own):
+                    stored[at] = np.mean(own.as_py())
         return stored
 
 
@@ -162,7 +172,9 @@ def signals_and_alarms(params: AlarmsParams, workspace: Workspace) -> tuple[int,
     """
     history: list[dict[str, float]] = []
     while manifest_path(table := workspace.table(len(history), "advantages")).is_file():
-        history.append(Manifest.read(table).metrics)
+        signals, policy = Manifest.read(table).metrics, workspace.policy(len(history))
+        training = Manifest.read(policy) if manifest_path(policy).is_file() else None
+        history.append(trained(signals, training.metrics, len(training.history)) if training else signals)
     if not history:
         raise MissingInputError(
             "no round has signals yet", where=str(table), fix="run `papo run`, or `papo advantage --round 0`"
@@ -184,10 +196,10 @@ def read_round(workspace: Workspace, number: int) -> ScoredRound:
             fix=f"run `papo advantage --round {number}`",
         )
     orm, prm, advantages = (
-        read_rows(path, table) for path, table in ((orm_path, ORM), (prm_path, PRM), (advantages_path, ADVANTAGES))
+        read_table(path, table) for path, table in ((orm_path, ORM), (prm_path, PRM), (advantages_path, ADVANTAGES))
     )
-    check_aligned(orm, prm, prm_path)
-    check_aligned(orm, advantages, advantages_path)
+    check_same_rows(orm, prm, prm_path)
+    check_same_rows(orm, advantages, advantages_path)
     settings = _settings(Manifest.read(advantages_path).params)
     return ScoredRound(number, orm, prm, advantages, settings)
 
@@ -201,12 +213,17 @@ def _settings(params: Mapping[str, Any]) -> Settings:
     )
 
 
-def _rollouts(workspace: Workspace, scored: ScoredRound, *columns: str) -> list[dict[str, Any]]:
-    """The rollouts of a round, in the order of its scores."""
+def _rollouts(workspace: Workspace, scored: ScoredRound, *columns: str) -> pa.Table:
+    """Columns of the rollouts of a round, in the order of its scores."""
     path = workspace.table(scored.number, "rollouts")
-    rollouts = read_columns(path, ROLLOUTS, "problem_id", "sample_index", "completion_ids", "max_new_tokens", *columns)
-    check_aligned(rollouts, scored.orm, workspace.table(scored.number, "orm"))
+    rollouts = read_table(path, ROLLOUTS, "problem_id", "sample_index", *columns)
+    check_same_rows(rollouts, scored.orm, workspace.table(scored.number, "orm"))
     return rollouts
+
+
+def _lengths(workspace: Workspace, scored: ScoredRound) -> npt.NDArray[np.int64]:
+    """(N,) tokens of each response."""
+    return completion_lengths(workspace.table(scored.number, "rollouts"))
 
 
 # ---- other variants from the same scores ----
@@ -243,8 +260,9 @@ def rederive(
     for number in stored_rounds(workspace) if round_ is None else [round_]:
         scored = read_round(workspace, number)
         without = np.isnan(scored.processes)
-        unasked = np.array([row["status"] == "not_asked" for row in scored.prm], dtype=np.bool_)
-        lacking = {name: without & process_needed(name, scored.outcomes, scored.problem_ids) for name in wanted}
+        statuses, words = codes(scored.prm, "status")
+        unasked = np.array([word == "not_asked" for word in words], dtype=np.bool_)[statuses]
+        lacking = {name: without & process_needed(name, scored.outcomes, scored.groups) for name in wanted}
         totals = {name: _total(params, workspace, scored, name) for name in wanted}
         rows += [_rederived(params, scored, name, totals[name], lacking[name], unasked) for name in wanted]
         by_any = np.logical_or.reduce(list(lacking.values()))
@@ -256,15 +274,19 @@ def rederive(
 def _total(params: AdvantageParams, workspace: Workspace, scored: ScoredRound, variant: str) -> FloatArray:
     """(N,) advantages; in `capo` means over the tokens."""
     if variant != "capo":
-        penalties = None if params.overlong is None else penalties_of(params, _rollouts(workspace, scored))
+        penalties = None
+        if params.overlong is not None:
+            limits = numbers(_rollouts(workspace, scored, "max_new_tokens"), "max_new_tokens")
+            penalties = penalties_of(params, _lengths(workspace, scored), limits)
         return compute_advantages(
-            scored.outcomes, scored.processes, scored.problem_ids,
+            scored.outcomes, scored.processes, scored.groups,
             variant=variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=_guard(params, variant),
             penalties=penalties,
         ).total  # fmt: skip
-    rollouts = _rollouts(workspace, scored, "completion")
+    rollouts = _rollouts(workspace, scored, "completion", "completion_ids", "max_new_tokens").to_pylist()
+    orm, prm = scored.orm.to_pylist(), scored.prm.to_pylist()
     aligner = TokenizerAligner(workspace.warmstart / "tokenizer.json")
-    return by_tokens(params, rollouts, scored.orm, scored.prm, workspace.table(scored.number, "prm"), aligner).total
+    return by_tokens(params, rollouts, orm, prm, workspace.table(scored.number, "prm"), aligner).total
 
 
 def _rederived(
@@ -275,7 +297,7 @@ def _rederived(
     lacking: BoolArray,
     unasked: BoolArray,
 ) -> Rederived:
-    ids, total = scored.problem_ids, total.astype(np.float32)
+    ids, total = scored.groups, total.astype(np.float32)
     return Rederived(
         round=scored.number,
         stored=_described(scored.settings, params),
@@ -333,65 +355,70 @@ def explain_problem(workspace: Workspace, prefix: str, *, round_: int | None = N
     rounds = [number for number, ids in known.items() if problem in ids]
     number = rounds[-1] if round_ is None else round_
     scored = read_round(workspace, number)
-    rollouts = _rollouts(workspace, scored, "prompt", "completion")
-    penalties = _penalties(scored.settings, rollouts)
-    rows = [at for at, name in enumerate(scored.problem_ids) if name == problem]
+    rollouts = _rollouts(workspace, scored, "prompt", "completion", "max_new_tokens")
+    tokens = _lengths(workspace, scored)
+    penalties = _penalties(scored.settings, tokens, numbers(rollouts, "max_new_tokens"))
+    rows = np.flatnonzero(scored.groups == scored.names.index(problem)).tolist()
+    texts, judged = rollouts.take(rows).to_pylist(), scored.prm.take(rows[:1]).to_pylist()
     return Explained(
         problem_id=problem,
         round=number,
         other_rounds=[other for other in rounds if other != number],
-        prompt=rollouts[rows[0]]["prompt"],
+        prompt=texts[0]["prompt"],
         answer=of_problems(workspace.train_problems, "answer", {problem})[problem],
-        judge=", ".join(dict.fromkeys(scored.prm[rows[0]][name] for name in ("judge", "rubric"))),
+        judge=", ".join(dict.fromkeys(judged[0][name] for name in ("judge", "rubric"))),
         settings=scored.settings,
-        token_level=any(scored.advantages[at]["token_advantages"] for at in rows),
-        responses=_responses(scored, rollouts, rows, penalties),
+        token_level=any(scored.advantages["token_advantages"].take(rows).to_pylist()),
+        responses=_responses(scored, texts, tokens, rows, penalties),
         why=explain(_group(scored, rows, penalties), scored.settings),
     )
 
 
-def _penalties(settings: Settings, rollouts: list[dict[str, Any]]) -> FloatArray:
+def _penalties(settings: Settings, lengths: npt.NDArray[np.int64], limits: FloatArray) -> FloatArray:
     """(N,) penalties for length; 0 without `overlong`."""
     if settings.overlong is None:
-        return np.zeros(len(rollouts))
-    lengths, limits = [len(row["completion_ids"]) for row in rollouts], [row["max_new_tokens"] for row in rollouts]
+        return np.zeros(lengths.size)
     return overlong_penalties(lengths, limits, *settings.overlong)
 
 
 def _responses(
-    scored: ScoredRound, rollouts: list[dict[str, Any]], rows: list[int], penalties: FloatArray
+    scored: ScoredRound,
+    texts: list[dict[str, Any]],
+    lengths: npt.NDArray[np.int64],
+    rows: list[int],
+    penalties: FloatArray,
 ) -> list[Response]:
-    lengths = [len(row["completion_ids"]) for row in rollouts]
     peers = _peers(scored, lengths, penalties)
     orm, prm = scored.outcomes, scored.processes
+    verdicts, judgements = scored.orm.take(rows).to_pylist(), scored.prm.take(rows).to_pylist()
     parts = [scored.advantage(name) for name in ("outcome_advantage", "process_advantage", "advantage")]
     return [
         Response(
-            sample_index=scored.orm[at]["sample_index"],
+            sample_index=verdict["sample_index"],
             orm=float(orm[at]),
-            orm_status=scored.orm[at]["status"],
-            extracted=scored.orm[at]["extracted"],
-            disputed=bool(orm[at] == 0.0 and scored.orm[at]["second_opinion"] == 1.0),
+            orm_status=verdict["status"],
+            extracted=verdict["extracted"],
+            disputed=bool(orm[at] == 0.0 and verdict["second_opinion"] == 1.0),
             prm=float(prm[at]),
-            prm_status=scored.prm[at]["status"],
-            reason=scored.prm[at]["reason"],
+            prm_status=judgement["status"],
+            reason=judgement["reason"],
             outcome=float(parts[0][at]),
             process=float(parts[1][at]),
             advantage=float(parts[2][at]),
-            peers={name: float(values[at]) for name, values in peers.items()},
-            tokens=lengths[at],
-            text=rollouts[at]["completion"],
+            peers={name: float(made[at]) for name, made in peers.items()},
+            tokens=int(lengths[at]),
+            text=text["completion"],
         )
-        for at in rows
+        for at, verdict, judgement, text in zip(rows, verdicts, judgements, texts, strict=True)
     ]
 
 
-def _peers(scored: ScoredRound, lengths: Sequence[int], penalties: FloatArray) -> dict[str, FloatArray]:
+def _peers(scored: ScoredRound, lengths: npt.NDArray[np.int64], penalties: FloatArray) -> dict[str, FloatArray]:
     """What the variants of PEER_VARIANTS and two libraries make of the whole round, with the stored settings and no guard.
 
     The libraries are given the scores alone, without penalties.
     """
-    settings, ids = scored.settings, scored.problem_ids
+    settings, ids = scored.settings, scored.groups
     orm, prm = scored.outcomes, scored.processes
     peers = {
         name: compute_advantages(
@@ -412,8 +439,8 @@ def _group(scored: ScoredRound, rows: list[int], penalties: FloatArray) -> Group
         outcome=scored.advantage("outcome_advantage")[rows],
         process=scored.advantage("process_advantage")[rows],
         total=scored.advantage("advantage")[rows],
-        orm_statuses=[scored.orm[at]["status"] for at in rows],
-        prm_statuses=[scored.prm[at]["status"] for at in rows],
+        orm_statuses=values(scored.orm.take(rows), "status"),
+        prm_statuses=values(scored.prm.take(rows), "status"),
         penalties=penalties[rows],
     )
 
@@ -424,7 +451,7 @@ def _ids_by_round(workspace: Workspace, round_: int | None) -> dict[int, set[str
     if round_ is not None and round_ not in rounds:
         read_round(workspace, round_)
     return {
-        number: {row["problem_id"] for row in read_columns(workspace.table(number, "orm"), ORM, "problem_id")}
+        number: set(codes(read_table(workspace.table(number, "orm"), ORM, "problem_id"), "problem_id")[1])
         for number in rounds
     }
 
@@ -459,7 +486,3 @@ def _resolve(prefix: str, known: dict[int, set[str]], round_: int | None) -> str
 def _few(items: Iterable[object], most: int = 3) -> str:
     shown = [str(item) for item in items]
     return ", ".join(shown[:most]) + (f", ... ({len(shown)})" if len(shown) > most else "")
-
-
-def _column(rows: Sequence[dict[str, Any]], name: str) -> FloatArray:
-    return np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=np.float64)

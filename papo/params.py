@@ -19,6 +19,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from papo.errors import ParamsError
+from papo.secrets import secret_in, secrets_of, without_secrets
 
 Variant = Literal["orm", "prm", "mult", "fullnorm", "papo", "gdpo", "convex", "capo"]
 Format = Literal[
@@ -31,8 +32,22 @@ Positive = Annotated[int, Field(ge=1)]
 GENERATED = ("sums", "programs")
 """Sources that are made by the seed alone, with benchmarks and traces of their own."""
 
+UNDECIDING = ("flow", "on_alarm", "tracking")
+"""Sections that no result depends on: they are in no lineage, no manifest and no stage of dvc.yaml."""
+
 PRESETS = Path("infra/presets")
 BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+class PathMark:
+    """Marks a param that may name a file or folder; `papo.paths` says where it may lie."""
+
+
+ProjectPath = Annotated[str, Field(min_length=1), PathMark()]
+"""A file or folder, or a name (of the hub, of a rubric, of a generated source) that is none; or the URI of a file."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
+"""What a file is named after: no separators, and it does not begin with a dot."""
 
 
 class _Section(BaseModel):
@@ -56,12 +71,44 @@ def _check_address(api_key_env: str, *urls: str) -> None:
         raise ValueError("a base URL is http(s)://host[:port][/path], without user, password or query")
 
 
+class RayParams(_Section):
+    """The Ray cluster that scores; it decides no result."""
+
+    address: str = Field(
+        "auto",
+        pattern=r"^(auto|local|(ray://)?[A-Za-z0-9_.-]+:[0-9]+|(ray://)?\[[0-9A-Fa-f:]+\]:[0-9]+)$",
+        description="host:port of its head, from a machine of the cluster; ray://host:port from any other; auto: the one that "
+        "this machine belongs to, or RAY_ADDRESS; local: one on this machine, for the run alone.",
+    )
+    chunk: int = Field(2048, ge=1, le=1_000_000, description="Responses that are scored as one task.")
+
+
 class RunParams(_Section):
     """What the rounds share."""
 
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of sampling, training order and evaluation.")
     rounds: int = Field(16, ge=1, le=10_000, description="Rounds of rollout, scoring, advantage and training.")
     overlap: bool = Field(True, description="Score the shards that are stored while others are sampled.")
+    ray: RayParams | None = Field(None, description="Score on a Ray cluster, in the flows; null: in the run's process.")
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """Those that decide results; the others say where, and when."""
+        return self.model_dump(mode="json", exclude={"overlap", "ray"})
+
+
+Stage = Literal[
+    "prepare", "warmstart", "rollout", "score_orm", "score_prm", "advantage", "train", "evaluate", "report"
+]  # fmt: skip
+
+
+class FlowParams(_Section):
+    """How the flow looks after the stages; no result depends on it, nor does a run without Prefect."""
+
+    timeouts: dict[Stage, Annotated[float, Field(gt=0.0, le=100_000.0)]] = Field(
+        default_factory=dict,
+        description="Minutes after which one run of a stage is ended and started again, such as {rollout: 90}; none: no limit.",
+    )
 
 
 class Tier(_Section):
@@ -82,7 +129,7 @@ class SumsParams(_Section):
     """The generated problems and the traces that the embedded policy is warm-started on."""
 
     train: Tier = Tier(min_terms=3, max_terms=7, problems=2048)
-    eval: dict[str, Tier] = Field(
+    eval: dict[Name, Tier] = Field(
         default_factory=lambda: {
             "sums-in-range": Tier(min_terms=3, max_terms=7, problems=200),
             "sums-hard": Tier(min_terms=8, max_terms=8, problems=100),
@@ -121,7 +168,7 @@ class ProgramsParams(_Section):
     """The generated programming problems and the programs that the embedded policy is warm-started on."""
 
     train: ProgramTier = ProgramTier(min_operations=2, max_operations=4, problems=1024)
-    eval: dict[str, ProgramTier] = Field(
+    eval: dict[Name, ProgramTier] = Field(
         default_factory=lambda: {
             "programs-in-range": ProgramTier(min_operations=2, max_operations=4, problems=100),
             "programs-hard": ProgramTier(min_operations=5, max_operations=5, problems=50),
@@ -176,7 +223,7 @@ class EvalSource(_Section):
     the key of the entry is another. A plain string is the source alone.
     """
 
-    source: str = Field(min_length=1)
+    source: ProjectPath
     format: Format = "auto"
     split: str | None = Field(None, description="Of the hub; null: prepare.eval_split.")
     subset: str | None = Field(None, description="Of the hub, such as gpqa_diamond.")
@@ -219,8 +266,8 @@ class TiersParams(_Section):
 class PrepareParams(_Section):
     """Problem sets: generated, or loaded in one of the formats; what training problems have to fulfil."""
 
-    source: str = Field(
-        "sums", min_length=1, description="`sums`, `programs`, a local file (.jsonl, .parquet, ...), or a hub id."
+    source: ProjectPath = Field(
+        "sums", description="`sums`, `programs`, a local file (.jsonl, .parquet, ...), or a hub id."
     )
     format: Format = Field("auto", description="auto: by the columns there are; `columns` where the mapping is set.")
     split: str = "train"
@@ -230,7 +277,7 @@ class PrepareParams(_Section):
     sums: SumsParams = SumsParams()
     programs: ProgramsParams = ProgramsParams()
     columns: ColumnsParams = ColumnsParams()
-    eval_sources: dict[str, EvalSource] = Field(default_factory=dict, description="Benchmark name -> file or hub id.")
+    eval_sources: dict[Name, EvalSource] = Field(default_factory=dict, description="Benchmark name -> file or hub id.")
     eval_split: str = "test"
     holdout: int = Field(0, ge=0, description="Training problems held out as benchmark `holdout`.")
     max_problems: int | None = Field(None, ge=1)
@@ -279,8 +326,12 @@ class ModelParams(_Section):
 class WarmstartParams(_Section):
     """The policy that round 0 samples from: trained on traces, or an existing checkpoint."""
 
-    checkpoint: str | None = None
+    checkpoint: ProjectPath | None = None
     revision: str | None = None
+    trust_code: tuple[str, ...] = Field(
+        (),
+        description="Checkpoints whose own Python code may run: name@revision, or the folder, each exactly as it is named here.",
+    )
     seed: int = Field(0, ge=0, lt=2**31)
     model: ModelParams = ModelParams()
     steps: Positive = 1000
@@ -420,6 +471,13 @@ class RolloutParams(_Section):
         return self.engine if self.engine == "transformers" else f"{self.engine} {self.dtype}"
 
     @property
+    def commands(self) -> dict[str, str]:
+        """What starts engines and servers, as text."""
+        server, vllm = self.server, self.vllm
+        given = {"server.command": server.command, "server.options": server.options, "vllm.options": vllm.options}
+        return {name: json.dumps(value) for name, value in given.items()}
+
+    @property
     def deciding(self) -> dict[str, Any]:
         """Those that decide what is sampled; the others say where, and how fast."""
         unused = {"server", "vllm"} | ({"batch_rows"} if self.engine != "transformers" else set())
@@ -504,12 +562,10 @@ class ScorePrmParams(_Section):
 
     judge: Literal["steps", "steps-gullible", "readability", "model"] = "steps"
     model: ChatParams | None = None
-    rubric: str = Field("levels", min_length=1, description="One of papo/rubrics/ by name, or a file.")
+    rubric: ProjectPath = Field("levels", description="One of papo/rubrics/ by name, or a file.")
     votes: int = Field(1, ge=1, le=64, description="How often the model is asked about a response.")
     vote: Literal["median", "majority", "mean"] = Field("median", description="How several votes are combined.")
-    store: str | None = Field(
-        None, min_length=1, description="File of the store of verdicts; null: .papo/verdicts.sqlite."
-    )
+    store: ProjectPath | None = Field(None, description="File of the store of verdicts; null: .papo/verdicts.sqlite.")
     prices: dict[str, Price] = Field(default_factory=dict, description="By model.")
     budget: float | None = Field(None, gt=0.0, description="What a run may spend on its judge; null: no limit.")
     max_failed_share: Share = 0.2
@@ -767,13 +823,44 @@ class AlarmsParams(_Section):
     judge_failure_share: Share = 0.1
     logprob_difference: float = Field(0.05, gt=0.0)
     inversion_share: Share = 0.05
+    broken_steps: Positive = 1
+
+
+Policy = Literal["warn", "pause", "stop"]
+
+
+class OnAlarmParams(_Section):
+    """What a run does when an alarm begins to ring: says it, asks a person whether to go on, or stops. Changes no result."""
+
+    reward_hacking: Policy = "warn"
+    length_inflation: Policy = "warn"
+    collapse: Policy = "warn"
+    signal_exhaustion: Policy = "warn"
+    judge_outage: Policy = Field(
+        "warn", description="Also where the judge does not answer and score_prm cannot finish."
+    )
+    logprob_mismatch: Policy = "warn"
+    rank_inversions: Policy = "warn"
+    non_finite_loss: Policy = Field("warn", description="Also where train.max_broken_steps ends the stage.")
+    wait_hours: float = Field(
+        24.0, gt=0.0, le=24 * 365, description="How long a paused flow run waits before it stops."
+    )
+
+    def of(self, alarm: str) -> Policy:
+        policy: Policy = getattr(self, alarm)
+        return policy
 
 
 class TrackingParams(_Section):
     """Where the record goes. Never part of a stage's identity: tracking changes no result."""
 
     enabled: bool = True
-    uri: str = "sqlite:///mlflow.db"
+    uri: ProjectPath = "sqlite:///mlflow.db"
+    uri_env: str | None = Field(
+        None,
+        pattern=r"^[A-Z_][A-Z0-9_]*$",
+        description="Environment variable with the address, in place of uri: for one that has a password in it.",
+    )
     experiment: str = "papo"
     judge_traces: Share = Field(
         0.01, description="Share of a model judge's calls that are kept as traces, at most 100 a round."
@@ -794,7 +881,9 @@ class Params(_Section):
     evaluate: EvaluateParams = EvaluateParams()
     report: ReportParams = ReportParams()
     alarms: AlarmsParams = AlarmsParams()
+    on_alarm: OnAlarmParams = OnAlarmParams()
     tracking: TrackingParams = TrackingParams()
+    flow: FlowParams = FlowParams()
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:
@@ -808,6 +897,12 @@ class Params(_Section):
             raise ValueError(
                 f"advantage.overlong.buffer ({overlong.buffer}) must be below rollout.max_new_tokens ({limit}), of which it is the end"
             )
+        if not self.warmstart.trust_code:
+            for section, text in self.rollout.commands.items():
+                if "trust-remote-code" in text.replace("_", "-").lower():
+                    raise ValueError(
+                        f"rollout.{section}: code of a checkpoint runs only if warmstart.trust_code names it"
+                    )
         made = self.benchmarks_made
         for name in self.evaluate.benchmarks:
             if name not in made:
@@ -865,19 +960,28 @@ def load_params(
     for override in overrides:
         values = _merge(values, _parse_override(override))
     if overrides:
-        origin = f"{origin} + --set {' '.join(overrides)}"
+        # Only the keys: a value may be a secret.
+        origin = f"{origin} + --set {' '.join(override.partition('=')[0] for override in overrides)}"
     return validate_params(values, origin=origin)
 
 
 def validate_params(values: Mapping[str, Any], *, origin: str) -> Params:
-    """`Params` of a mapping; every problem in it is named in one ParamsError."""
+    """`Params` of a mapping; every problem in it is named in one ParamsError, a secret without its value."""
+    if secrets := list(secrets_of(values)):
+        raise ParamsError(
+            "the params hold what looks like a secret:\n" + "\n".join(f"  - {key}: {what}" for key, what in secrets),
+            where=without_secrets(origin),
+            fix="take it out and, if it is real, make a new one: params go into dvc.lock, manifests and the record. A key belongs in an "
+            "environment variable, which api_key_env names; an address of MLflow with a password in one that tracking.uri_env names; "
+            "a command may say $NAME",
+        )
     try:
         return Params.model_validate(values)
     except ValidationError as error:
         problems = [_problem(item, values) for item in error.errors(include_url=False)]
         raise ParamsError(
             "the params are not valid:\n" + "\n".join(f"  - {problem}" for problem in problems),
-            where=origin,
+            where=without_secrets(origin),
             fix="correct the keys named above; `papo params` prints every key with its value",
         ) from None
 
@@ -951,11 +1055,13 @@ def _preset_path(preset: Path | str) -> Path:
 def _parse_override(override: str) -> dict[str, Any]:
     key, separator, text = override.partition("=")
     if not separator or not all(part.strip() for part in key.split(".")):
-        raise ParamsError(f"not of the form key=value: {override!r}", where="--set", fix="e.g. --set advantage.lam=0.5")
+        shown = without_secrets(override)
+        raise ParamsError(f"not of the form key=value: {shown!r}", where="--set", fix="e.g. --set advantage.lam=0.5")
     try:
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ParamsError(f"the value is not readable as YAML: {error}", where=f"--set {key}", fix="quote it") from None
+        what = "" if secret_in(text) else f": {error}"
+        raise ParamsError(f"the value is not readable as YAML{what}", where=f"--set {key}", fix="quote it") from None
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     return dict(value)

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from papo.calibration import calibrations
-from papo.engines.protocols import Judge, Sampler
+from papo.decisions import read_decisions, read_last_good
+from papo.engines.protocols import Judge, Sampler, Verifier
 from papo.errors import MissingInputError, ParamsError
-from papo.params import Params, defined_benchmarks, to_json, with_values
+from papo.params import UNDECIDING, Params, defined_benchmarks, to_json, with_values
 from papo.schemas import EVALUATION, PROBLEMS
 from papo.stages import advantage, evaluate, prepare, report, rollout, score_orm, score_prm, train, warmstart
+from papo.store.faults import reached
 from papo.store.files import read_json
 from papo.store.layout import Workspace
 from papo.store.manifest import Context, Manifest, code_digest
@@ -32,6 +34,8 @@ T = TypeVar("T")
 
 ROUND_STAGES = ("rollout", "score_orm", "score_prm", "advantage", "train")
 STAGES = ("prepare", "warmstart", *ROUND_STAGES, "evaluate", "report")
+NO_RESULT = (*(f"{section}." for section in UNDECIDING), "run.overlap", "run.ray")
+"""What keys of params begin with that decide no result."""
 CODE = {
     "prepare": prepare.CODE,
     "warmstart": warmstart.CODE,
@@ -71,8 +75,10 @@ def steps(params: Params) -> Iterator[Step]:
 
 def lineage(params: Params) -> str:
     """Twelve hex digits that name what a run is a run of: its params that decide results, and the code of every stage."""
-    sections = {name: json.loads(to_json(getattr(params, name))) for name in Params.model_fields if name != "tracking"}
-    sections |= {"rollout": params.rollout.deciding, "score_prm": params.score_prm.deciding}
+    sections = {
+        name: json.loads(to_json(getattr(params, name))) for name in Params.model_fields if name not in UNDECIDING
+    }
+    sections |= {"run": params.run.deciding, "rollout": params.rollout.deciding, "score_prm": params.score_prm.deciding}
     identity = {"params": sections, "code": {stage: code_digest(CODE[stage]) for stage in CODE}}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -111,8 +117,17 @@ def run_step(
         "evaluate": _evaluate,
         "report": _report,
     }
+    _allow_code(params)
+    reached("stage begins", detail=str(step))
     manifest: Manifest = run[step.stage](params, workspace, context, step.round)
+    reached("stage ends", detail=str(step))
     return manifest
+
+
+def _allow_code(params: Params) -> None:
+    from papo.engines.policy import allow_code
+
+    allow_code(params.warmstart.trust_code)
 
 
 def _prepare(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
@@ -140,12 +155,11 @@ def make_ahead(params: Params, workspace: Workspace, context: Context, round_: i
     """What scores the shards of a round while others are sampled."""
     from papo.ahead import Ahead
     from papo.engines.tokenizer import TokenizerAligner
-    from papo.engines.verifiers import make_verifier
 
     variant = params.advantage.variant
     judge = None if variant == "orm" else _judge(params, workspace, context, round_=round_, variant=variant)
     aligner = TokenizerAligner(workspace.warmstart / "tokenizer.json") if variant == "capo" else None
-    return Ahead(workspace.train_problems, params.advantage, make_verifier(params.score_orm), judge, aligner)
+    return Ahead(workspace.train_problems, params.advantage, _verifier(params, context), judge, aligner)
 
 
 def _scoring(params: Params, workspace: Workspace, context: Context, round_: int) -> dict[str, Any]:
@@ -195,12 +209,11 @@ def _servers(params: Params, workspace: Workspace, context: Context) -> Servers:
 
 def _score_orm(params: Params, workspace: Workspace, context: Context, round_: int, *, ahead: Ahead | None) -> Manifest:
     from papo.engines.second_opinion import make_second_opinion
-    from papo.engines.verifiers import make_verifier
 
     inputs = score_orm.Inputs(
         round=round_, rollouts=workspace.table(round_, "rollouts"), problems=workspace.train_problems
     )
-    engine = make_verifier(params.score_orm) if ahead is None else ahead.verifier()
+    engine = _verifier(params, context) if ahead is None else ahead.verifier()
     second_opinion = make_second_opinion(params.score_orm.second_opinion)
     out = workspace.table(round_, "orm")
     return score_orm.run(
@@ -225,18 +238,31 @@ def _score_prm(params: Params, workspace: Workspace, context: Context, round_: i
     return score_prm.run(params.score_prm, _there(inputs, workspace), out, engine=engine, context=context)
 
 
+def _verifier(params: Params, context: Context) -> Verifier:
+    """The verifier of the params, here or spread over other machines."""
+    from papo.engines.fan_out import SpreadVerifier
+    from papo.engines.verifiers import make_verifier
+
+    make = partial(make_verifier, params.score_orm)
+    if context.spread is None:
+        return make()
+    return SpreadVerifier(make, context.spread, cpus=params.score_orm.workers)
+
+
 def _judge(params: Params, workspace: Workspace, context: Context, *, round_: int, variant: str) -> Judge:
     """The judge of the params, with the store of this workspace, on the account of this run.
 
     Raises:
         ParamsError: there is no such rubric, it cannot be used, or it names no wrong steps for `capo` to debit.
     """
+    from papo.engines.fan_out import SpreadJudge
     from papo.engines.judges import make_judge, store_of
     from papo.engines.judges.model import Purpose
     from papo.engines.judges.rubrics import load_rubric
 
     if params.score_prm.judge != "model":
-        return make_judge(params.score_prm)
+        make = partial(make_judge, params.score_prm)
+        return make() if context.spread is None else SpreadJudge(make, context.spread)
     if variant == "capo" and load_rubric(params.score_prm.rubric).kind != "steps":
         raise ParamsError(
             f"advantage.variant capo debits wrong steps, and the rubric {params.score_prm.rubric} names none",
@@ -455,11 +481,14 @@ def _named_policy(name: str, params: Params, workspace: Workspace, *, where: str
         return workspace.warmstart
     if name == "final":
         return workspace.policy(final_round(params, workspace))
+    if name == "last-good":
+        return workspace.root / read_last_good(workspace).folder
     if found := re.fullmatch(r"round-(\d+)", name):
         return workspace.policy(int(found[1]))
     if Path(name).is_dir():
         return Path(name)
-    raise ParamsError(f"there is no policy {name!r}", where=where, fix="name warmstart, final, round-<k> or a folder")
+    fix = "name warmstart, final, last-good, round-<k> or a folder"
+    raise ParamsError(f"there is no policy {name!r}", where=where, fix=fix)
 
 
 def final_round(params: Params, workspace: Workspace) -> int:
@@ -502,8 +531,8 @@ def _evaluation_engine(
     params: Params, workspace: Workspace, context: Context, inputs: evaluate.Inputs
 ) -> Iterator[evaluate.Engine]:
     from papo.engines.samplers import make_sampler
-    from papo.engines.verifiers import make_verifier
 
+    _allow_code(params)
     p = params.evaluate
     others = (*inputs.policies.values(), workspace.policy(params.run.rounds - 2))
     with _servers(params, workspace, context) as servers, ExitStack() as opened:
@@ -517,18 +546,20 @@ def _evaluation_engine(
             opened.callback(made.close)
             return made
 
-        yield evaluate.Engine(sampler=sampler, verifier=make_verifier(params.score_orm))
+        yield evaluate.Engine(sampler=sampler, verifier=_verifier(params, context))
 
 
 def _report(params: Params, workspace: Workspace, context: Context, round_: None) -> Manifest:
     inputs = report.Inputs(
-        params={key: value for key, value in params.flat().items() if not key.startswith("tracking.")},
+        params={key: value for key, value in params.flat().items() if not key.startswith(NO_RESULT)},
         limits=params.alarms.model_dump(),
         judging=_manifests(workspace, params, "prm.parquet"),
         advantages=_manifests(workspace, params, "advantages.parquet"),
         training=_manifests(workspace, params, "policy"),
         evaluation=workspace.evaluation / "metrics.json",
         calibrations=calibrations(params.score_prm, workspace),
+        accepted=read_decisions(workspace, lineage(params)).words,
+        lineage=lineage(params),
     )
     return report.run(params.report, _there(inputs, workspace), workspace.report, context=context)
 

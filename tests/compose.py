@@ -10,6 +10,13 @@ import yaml
 
 COMPOSE = Path(__file__).parents[1] / "infra/compose.yaml"
 
+SECRETS = (
+    "POSTGRES_PASSWORD", "PREFECT_DB_PASSWORD", "MLFLOW_DB_PASSWORD", "MLFLOW_ADMIN_PASSWORD", "MLFLOW_WORKER_PASSWORD",
+    "MLFLOW_SECRET_KEY", "PREFECT_AUTH", "VLLM_API_KEY",
+)  # fmt: skip
+GIVEN = {name: f"the-{name}" for name in SECRETS}
+"""A value for each, by which it is found again."""
+
 
 class UnsetError(Exception):
     """A variable that has to be set is not; its text is the message."""

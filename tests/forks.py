@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _FORKS = """
 import json, os, sys
 import papo.commands, papo.pipeline
@@ -30,6 +32,7 @@ for line in sys.stdin:
     else:
         log = os.open(said["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
+        exec(said.get("before", ""))
         os._exit(main(said["arguments"]))
 """
 
@@ -41,9 +44,9 @@ class Papo:
         self._process, self.folder = process, folder
         self.log = folder / "log"
 
-    def start(self, *arguments: str) -> int:
-        """Starts a command; its process."""
-        return self._say(arguments=arguments, log=str(self.log))
+    def start(self, *arguments: str, before: str = "") -> int:
+        """Starts a command; its process. `before`: statements that are run in it first."""
+        return self._say(arguments=arguments, log=str(self.log), before=before)
 
     def kill(self, pid: int) -> bool:
         """Kills it without a chance to do anything; whether it was still running."""
@@ -63,6 +66,11 @@ class Papo:
     def wait(self, pid: int) -> int:
         """The exit code, once it has ended."""
         return self._say(wait=pid)
+
+    def cpu_seconds(self) -> float:
+        """What the commands that have ended took."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.children_user + times.children_system)
 
     def run(self, *arguments: str) -> None:
         """A command that has to succeed."""

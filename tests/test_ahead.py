@@ -54,7 +54,7 @@ class Verifier:
 class Judge:
     """Scores by the length; fails if told to."""
 
-    name, rubric, digest = "fake", "r", ""
+    name, rubric, digest, apart = "fake", "r", "", False
 
     def __init__(self, error: Exception | None = None) -> None:
         self.asked: Counter[str] = Counter()

@@ -18,12 +18,19 @@ FLOORS = {
     "errors": 0,
     "params": 0,
     "schemas": 0,
+    "secrets": 0,
     "core": 0,
     "store": 1,
     "engines": 2,
     "stages": 3,
 }  # the rest is floor 4
-FLOOR_0_MAY = {"core": {"core", "errors"}, "params": {"errors"}, "schemas": {"errors"}, "errors": set()}
+FLOOR_0_MAY = {
+    "core": {"core", "errors"},
+    "params": {"errors", "secrets"},
+    "schemas": {"errors"},
+    "errors": set(),
+    "secrets": set(),
+}
 # Helpers that stages share; they are no stages.
 SHARED = {"papo.stages.rows"}
 

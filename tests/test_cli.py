@@ -19,10 +19,13 @@ from chat_server import chat_server
 from checkout import HEAVY
 from servers.completions import __file__ as stand_in
 from servers.completions import save_policy
+from tracked import record
 
 from papo.cli import STAGE_HELP, main
 from papo.core.advantages import VARIANTS
 from papo.engines.serving import answers, free_port
+from papo.engines.tracking import make_tracker
+from papo.params import TrackingParams
 from papo.pipeline import ROUND_STAGES, STAGES
 from papo.schemas import ADVANTAGES, ORM, ROLLOUTS, VERDICTS
 from papo.store.files import digest
@@ -74,7 +77,7 @@ BAD = {
     "export to nowhere": (["judge-cache", "export"], "export needs the file to write"),
     "a file for nothing": (["judge-cache", "stats", "out.jsonl"], "stats takes no file"),
     "no such policy to serve": (["serve-policy", "round-x"], "there is no policy 'round-x'"),
-    "a file to serve": (["serve-policy", "params.yaml"], "name warmstart, final, round-<k> or a folder"),
+    "a file to serve": (["serve-policy", "params.yaml"], "name warmstart, final, last-good, round-<k> or a folder"),
     "a policy to serve that has not been made": (["serve-policy", "round-0"], "run `papo train --round 0` first"),
     "no warm start to serve": (["serve-policy"], "run `papo warmstart` first"),
     "a folder to serve that is no policy": (["serve-policy", "."], "config.json is missing"),
@@ -83,6 +86,8 @@ BAD = {
         ["serve-policy", "--set", "rollout.server.options.host=0.0.0.0"],
         "papo's own servers are for this machine alone",
     ),
+    "a status of elsewhere": (["track", "status", "--to", "sqlite:///other.db"], "only sync delivers to somewhere"),
+    "nothing to deliver from": (["track", "sync", "--workspace", "runs/none"], "name a workspace with --workspace"),
     "no store of verdicts": (["judge-cache", "stats", "--store", "params.yaml"], "ends in .sqlite"),
 }
 
@@ -531,6 +536,36 @@ def test_a_signal_that_kills_leaves_a_workspace_that_goes_on(
     process.communicate()
     assert main(["warmstart"]) == 0
     assert not lock.exists()
+
+
+def test_what_waits_for_mlflow_is_shown_and_delivered(
+    checkout: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["track", "status", "--all"]) == 0
+    assert capsys.readouterr().out == "nothing waits\n"
+    for name in ("here", "there"):
+        outbox = Path("runs") / name / ".papo/outbox"
+        params = TrackingParams(uri="http://me:secret@127.0.0.1:9")
+        tracker = make_tracker(params, outbox=outbox, warn=lambda message: None)
+        for _ in record(tracker, rounds=1, lineage=name):
+            pass
+        assert b"secret" not in b"".join(path.read_bytes() for path in outbox.rglob("*") if path.is_file())
+    assert main(["track", "status", "--all"]) == 0
+    shown = capsys.readouterr().out
+    assert "runs/here: a run (FINISHED): 9 records wait for http://***@127.0.0.1:9, experiment papo; 0.0 MB" in shown
+    assert "18 records of 2 runs wait; `papo track sync` delivers them" in shown
+
+    assert main(["track", "sync", "--workspace", "runs/here"]) == 1
+    shown = capsys.readouterr().out
+    assert "0 records delivered to http://***@127.0.0.1:9, 9 wait: the user and the password" in shown
+    assert "set MLFLOW_TRACKING_URI to the whole address" in shown
+    assert main(["track", "sync", "--all", "--to", f"sqlite:///{checkout}/other.db"]) == 0
+    shown = capsys.readouterr().out
+    assert "runs/here: a run: 9 records delivered to sqlite:///" in shown
+    assert "runs/there: a run: 9 records delivered to sqlite:///" in shown
+    assert main(["track", "sync", "--all"]) == 0
+    assert capsys.readouterr().out == "nothing waits\n"
+    assert "secret" not in caplog.text
 
 
 def test_stored_verdicts_are_counted_copied_and_verified(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,9 +22,11 @@ from papo.console import (
     time_rows,
     warn,
 )
-from papo.core.alarms import Alarm
+from papo.core.alarms import ALARMS, Alarm
 from papo.core.explain import Settings, Why
+from papo.decisions import Accepted, Decisions, LastGood, Rung, Stop
 from papo.inspection import Explained, Response
+from papo.params import OnAlarmParams
 from papo.session import Summary
 
 
@@ -124,14 +126,24 @@ def test_the_summary_tells_what_a_model_that_judged_cost(capsys: pytest.CaptureF
 
 
 def test_alarms_are_shown_as_they_began_and_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    show_alarms(9, [Alarm("collapse", 7, "first"), Alarm("collapse", 8, "second"), Alarm("judge_outage", 2, "third")])
+    collapse = Rung(name="collapse", round=7, evidence="first")
+    good = LastGood(round=3, policy="round-3", folder="f", digest="d", why="it was the best")
+    accepted = Accepted(alarm=collapse, for_good=True, at="today", by="me")
+    stopped = Stop(alarms=[collapse], good=good, again=False, why="policy", at="today", by="me")
+    policies = OnAlarmParams(collapse="stop")
+    raised = [Alarm("collapse", 7, "first"), Alarm("collapse", 8, "second"), Alarm("judge_outage", 2, "third")]
+    show_alarms(9, raised, policies, Decisions(stopped=stopped, accepted=[accepted]))
     text = capsys.readouterr().out
     assert "first" in text
+    assert "accepted in round 7 by me at today" in text
+    assert "\nstop: collapse\n" in text
+    assert "stopped at today by collapse; the last good policy is round-3: it was the best\n" in text
     assert "third" in text
     assert "second" not in text
     assert "9 rounds; ringing in the last one: collapse\n" in text
-    show_alarms(9, [])
-    assert capsys.readouterr().out == "9 rounds; ringing in the last one: none\n"
+    show_alarms(9, [], OnAlarmParams(), Decisions())
+    quiet = f"9 rounds; ringing in the last one: none\nwarn: {', '.join(ALARMS)}\n"
+    assert capsys.readouterr().out == quiet
 
 
 def test_the_summary_of_a_run_that_had_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:

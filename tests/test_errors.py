@@ -9,7 +9,16 @@ import re
 import pytest
 
 from papo import errors
-from papo.errors import BusyError, FailedRowsError, PapoError, StageError, UserError
+from papo.errors import (
+    AlarmError,
+    BusyError,
+    FailedRowsError,
+    PapoError,
+    StageError,
+    ToldToStopError,
+    UnansweredError,
+    UserError,
+)
 
 CLASSES = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, PapoError)]
 
@@ -22,7 +31,8 @@ def test_a_message_says_what_where_and_what_to_do() -> None:
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_the_exit_code_says_whose_turn_it_is(cls: type[PapoError]) -> None:
-    assert cls.exit_code == (2 if issubclass(cls, UserError) else 1)
+    own = {AlarmError: 3, ToldToStopError: 3, UnansweredError: 4}
+    assert cls.exit_code == own.get(cls, 2 if issubclass(cls, UserError) else 1)
     assert cls in (PapoError, UserError, StageError) or issubclass(cls, UserError) != issubclass(cls, StageError)
 
 
@@ -47,3 +57,11 @@ def test_an_error_is_caught_as_what_it_is() -> None:
         raise BusyError("busy")
     with pytest.raises(StageError):
         raise FailedRowsError("failed")
+
+
+RETRIED = {"ServerDownError"}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_only_what_time_may_mend_is_worth_a_retry(cls: type[PapoError]) -> None:
+    assert cls.retry == (cls.__name__ in RETRIED)

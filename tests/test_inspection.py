@@ -21,7 +21,7 @@ from papo.inspection import check_variant, explain_problem, read_round, rederive
 from papo.params import AdvantageParams, OverlongParams
 from papo.schemas import ADVANTAGES, problem_id
 from papo.stages import advantage
-from papo.store.files import read_json, write_json
+from papo.store.files import read_sealed, write_sealed
 from papo.store.layout import Workspace, manifest_path
 from papo.store.tables import read_rows, write_rows
 
@@ -146,9 +146,9 @@ def test_variants_are_compared_under_one_penalty_for_length(workspace: Workspace
 def test_a_round_that_was_stored_before_there_was_a_penalty_is_read(workspace: Workspace, make_round: Any) -> None:
     make_round()
     path = manifest_path(workspace.table(0, "advantages"))
-    manifest = read_json(path)
+    manifest = read_sealed(path)
     del manifest["params"]["overlong"]
-    write_json(path, manifest)
+    write_sealed(path, manifest)
     assert read_round(workspace, 0).settings.overlong is None
     assert rederive(AdvantageParams(), workspace, variant="papo").rows[0].stored == "papo"
 

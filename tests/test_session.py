@@ -20,7 +20,7 @@ from papo.params import load_params
 from papo.pipeline import Step, run_step, steps
 from papo.schemas import EVALUATION, PROBLEMS
 from papo.session import Session, Summary, lineage, share_start
-from papo.store.files import digest, read_json, write_json
+from papo.store.files import digest, read_json, read_sealed, write_sealed
 from papo.store.layout import Workspace, manifest_path
 from papo.store.lock import exclusive
 from papo.store.manifest import Context
@@ -123,9 +123,9 @@ def test_what_a_model_that_judges_cost_is_summed_up_recorded_and_reported(here: 
 
     # As if a model had been asked: the round is found done, and its cost counts.
     path = manifest_path(workspace.table(0, "prm"))
-    manifest = read_json(path)
+    manifest = read_sealed(path)
     cost = {"calls": 6.0, "calls_failed": 1.0, "prompt_tokens": 900.0, "completion_tokens": 100.0, "cost": 0.5}
-    write_json(path, manifest | {"metrics": manifest["metrics"] | cost | {"not_asked_saved": 2.5}})
+    write_sealed(path, manifest | {"metrics": manifest["metrics"] | cost | {"not_asked_saved": 2.5}})
     summary, recorder = run_all()
     assert summary.judging == manifest["metrics"] | cost | {"not_asked_saved": 2.5}
     judged = {name: value for name, value in recorder.metrics["run"].items() if name.startswith("judge_")}
@@ -345,6 +345,7 @@ def test_a_run_is_recorded_whole_also_where_its_steps_had_been_done_before(here:
     assert tracker.artifacts == [(here / name).as_posix() for name in ("data/problems/card.json", "artifacts/report")]
     assert tracker.tags["papo.lineage"] == lineage(run.params)
     assert tracker.tags["papo.workspace"] == str(here.resolve())
+    assert tracker.tags["papo.run_id"] == summary.run
     assert summary.report.is_file()
     assert set(summary.evaluation) == {"sums-in-range", "sums-hard"}
 

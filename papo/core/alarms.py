@@ -42,6 +42,8 @@ class Limits:
     """Mean difference of the sampler's log-probs and the trainer's."""
     inversion_share: float = 0.05
     """Share of correct responses that do not outrank every wrong one of their group."""
+    broken_steps: int = 1
+    """Optimizer steps of a round that were not applied, because loss or gradient were not finite."""
 
 
 class Alarm(NamedTuple):
@@ -64,6 +66,7 @@ def alarms(history: History, limits: Limits = Limits()) -> list[Alarm]:
     judge_outage       judge_failure_share >= its limit
     logprob_mismatch   logprob_difference_mean >= logprob_difference
     rank_inversions    inversions >= inversion_share of the correct responses
+    non_finite_loss    broken_steps of the round's training >= its limit
     """
     if not history:
         return []
@@ -81,6 +84,49 @@ def onsets(raised: Iterable[Alarm]) -> list[Alarm]:
     raised = list(raised)
     ringing = {(alarm.name, alarm.round) for alarm in raised}
     return [alarm for alarm in raised if (alarm.name, alarm.round - 1) not in ringing]
+
+
+def onset(raised: Iterable[Alarm], name: str) -> int:
+    """The round since which the alarm has rung without a break, up to the last of those that it rings in, of which there is one."""
+    rounds = {alarm.round for alarm in raised if alarm.name == name}
+    since = max(rounds)
+    while since - 1 in rounds:
+        since -= 1
+    return since
+
+
+class Good(NamedTuple):
+    """The last policy that an alarm says nothing against; `round` -1 is the warm start."""
+
+    round: int
+    why: str
+
+
+def last_good(history: History, name: str, since: int, limits: Limits = Limits()) -> Good:
+    """The last good policy, given that the alarm has rung since round `since`. Round k is sampled from the policy of round k - 1.
+
+    collapse                            the policy that sampled the middle round of the `patience` rounds with the best mean accuracy
+    reward_hacking, length_inflation    the policy that sampled the last round before: the one after it showed what the alarm is about
+    the others                          the policy that sampled the round: its samples, scores or training are at fault, and it has
+                                        not been trained on them
+    """
+    if name == "collapse":
+        known = [at for at, signals in enumerate(history[: since + 1]) if "accuracy" in signals]
+        size = min(limits.patience, len(known))
+        windows = [known[at : at + size] for at in range(len(known) - size + 1)] if known else []
+        if windows:
+            best = max(windows, key=lambda window: sum(history[at]["accuracy"] for at in window))
+            middle = best[(size - 1) // 2]
+            mean = sum(history[at]["accuracy"] for at in best) / size
+            return Good(
+                middle - 1,
+                f"it sampled round {middle}, around which accuracy was at its best, {mean:.2f} over {size} rounds",
+            )
+    if name in ("collapse", "reward_hacking", "length_inflation"):
+        if since == 0:
+            return Good(-1, "the alarm rang from the first round on, and there is none before it")
+        return Good(since - 2, f"it sampled round {since - 1}, the last in which {name} did not ring")
+    return Good(since - 1, f"it has not been trained on round {since}, in which {name} began")
 
 
 def _signal_exhaustion(history: History, limits: Limits) -> str | None:
@@ -166,6 +212,13 @@ def _rank_inversions(history: History, limits: Limits) -> str | None:
     return text
 
 
+def _non_finite_loss(history: History, limits: Limits) -> str | None:
+    broken, steps = (round(history[-1].get(name, 0.0)) for name in ("broken_steps", "steps"))
+    if broken < limits.broken_steps:
+        return None
+    return f"{broken} of {steps} optimizer steps were not applied, because loss or gradient were not finite"
+
+
 def _rise(history: History, name: str, limits: Limits) -> tuple[int, float | None]:
     """(round of the lowest value in the window, rise since then); None where the last round lacks the signal."""
     end = len(history) - 1
@@ -189,5 +242,13 @@ _RULES: dict[str, Callable[[History, Limits], str | None]] = {
     "judge_outage": _judge_outage,
     "logprob_mismatch": _logprob_mismatch,
     "rank_inversions": _rank_inversions,
+    "non_finite_loss": _non_finite_loss,
 }
 ALARMS = tuple(_RULES)
+TRAINING_ALARMS = ("non_finite_loss",)
+"""Those that a round's training decides; the others its samples and scores."""
+
+
+def trained(signals: Signals, metrics: Mapping[str, float], steps: int) -> dict[str, float]:
+    """The signals of a round with those of its training: the metrics of `train`, and how many optimizer steps it had."""
+    return {**signals, "broken_steps": metrics.get("broken", 0.0), "steps": float(steps)}

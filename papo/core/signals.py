@@ -27,7 +27,7 @@ from papo.core.groups import (
 )
 from papo.errors import DataError
 
-FAILURES = ("timeout", "refused", "unparsable", "error")
+FAILURES = ("timeout", "refused", "unparsable", "too_long", "rate_limited", "error")
 STATUSES = ("ok", "not_asked", *FAILURES)
 
 _EQUAL = 1e-9  # a standard deviation at or below this is rounding

@@ -304,6 +304,11 @@ class ChatClient:
             )
         return key or "none"
 
+    def _without_key(self, body: bytes) -> bytes:
+        """A server may say anything, also what it was sent; a reply is stored."""
+        key = os.environ.get(self.params.api_key_env, "").strip().encode()
+        return body.replace(key, b"***") if len(key) >= 8 else body  # a shorter one is a word, such as none
+
 
 class _Call:
     """One call with its tries."""
@@ -366,7 +371,7 @@ class _Call:
             self.billed -= never
             self.found = _Found("error", "no connection" if never else "connection lost", again=True, down=True)
         else:
-            self.found = _read(response.content, request, client.params.max_tokens)
+            self.found = _read(client._without_key(response.content), request, client.params.max_tokens)
             if self.found.prompt_tokens:
                 taken = _estimate(request.system, request.user)
                 client._tokens.correct(self.found.prompt_tokens + self.found.completion_tokens - taken)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from papo.errors import CheckpointError, SetupError
+from papo.store.files import digest, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+
+TRUSTED = "PAPO_TRUSTED_CODE"
+"""The environment variable by which `allow_code` reaches the processes that papo starts: names, a line each."""
+
+ORIGIN = "papo_code.json"
+"""In a policy that runs Python code of its own: where the code is from, and the digest of each of its files."""
 
 LIBRARIES = {
     "warmstart": ("torch", "transformers", "trl.trainer.sft_trainer"),
@@ -63,7 +72,7 @@ def load_settings(policy: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBa
     from transformers import AutoConfig, AutoTokenizer
 
     _check_files(policy)
-    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": _runs_code(str(policy), None)}
     try:
         config = AutoConfig.from_pretrained(str(policy), **source)
         tokenizer = AutoTokenizer.from_pretrained(str(policy), **source)
@@ -100,7 +109,8 @@ def load_checkpoint(
     local_files_only: bool = False,
     attention: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder or a model id of the hub: safetensors only, no remote code, and every weight there.
+    """Model and tokenizer of a folder or a model id of the hub: safetensors only, every weight there, and no code of its own unless
+    `allow_code` names it.
 
     Raises:
         CheckpointError: with `where` and `fix`, whatever the reason; but for the attention:
@@ -109,7 +119,9 @@ def load_checkpoint(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only, "trust_remote_code": False}
+    trusted = _runs_code(name, revision)
+    source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only, "trust_remote_code": trusted}
+    _refuse_pickle(name, where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -122,6 +134,12 @@ def load_checkpoint(
                 f"the model does not go with this attention here: {_first_line(error)}",
                 where=f"train.attention = {attention}, {where}",
                 fix="set train.attention to null, or install what is missing",
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                "the checkpoint needs Python code of its own, which papo does not run unless it is allowed by name",
+                where=where,
+                fix=f"read that code first; then name it: warmstart.trust_code: [{_exact(name, revision or 'REVISION')}]",
             ) from error
         raise CheckpointError(f"the model cannot be loaded: {_first_line(error)}", where=where, fix=fix) from error
     # transformers fills what is missing with random numbers and goes on.
@@ -138,6 +156,50 @@ def load_checkpoint(
         # How it was loaded is no part of it: saved with it, the digest of a policy would depend on HF_HUB_OFFLINE.
         tokenizer.init_kwargs.pop(key, None)
     return model, tokenizer
+
+
+def allow_code(names: Sequence[str]) -> None:
+    """Lets the checkpoints named, `name@revision` or a folder, run Python code of their own, here and in processes started from here."""
+    os.environ[TRUSTED] = "\n".join(names)
+
+
+def keep_origin(before: Path, after: Path, *, name: str | None = None, revision: str | None = None) -> None:
+    """Says in the policy `after`, if it has code of its own, that this is the code of `before`, or of the checkpoint named."""
+    files = {path.name: digest(path) for path in sorted(after.glob("*.py"))}
+    if files:
+        origin = _exact(name, revision) if name is not None else read_json(before / ORIGIN)["checkpoint"]
+        write_json(after / ORIGIN, {"checkpoint": origin, "files": files})
+
+
+def _exact(name: str, revision: str | None) -> str:
+    """What names a checkpoint so that it cannot become another: a folder, or a model id with its revision."""
+    return name if Path(name).is_dir() or revision is None else f"{name}@{revision}"
+
+
+def _runs_code(name: str, revision: str | None) -> bool:
+    """Whether `allow_code` names this checkpoint, or the one that the code of this policy is from, unchanged."""
+    names = os.environ.get(TRUSTED, "").split("\n")
+    folder = Path(name)
+    if folder.is_dir() and (folder / ORIGIN).is_file():
+        origin = read_json(folder / ORIGIN)
+        files = {path.name: digest(path) for path in sorted(folder.glob("*.py"))}
+        return bool(origin["checkpoint"] in names and origin["files"] == files)
+    return (folder.is_dir() or revision is not None) and _exact(name, revision) in names
+
+
+def _refuse_pickle(name: str, where: str) -> None:
+    """A folder whose weights are no safetensors; a pickled file can run anything as it is read."""
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    if pickled := sorted(
+        path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(kind)
+    ):
+        raise CheckpointError(
+            f"the weights are pickled ({pickled[0]}), which papo never reads: a pickled file can run any code",
+            where=where,
+            fix="where you trust it, load it and save it anew with save_pretrained, which writes *.safetensors",
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -178,11 +178,15 @@ class Judgement:
 
 
 class Judge(Protocol):
-    """Scores the reasoning of a response by a rubric; `digest` of what the code alone does not decide, "" if there is no such thing."""
+    """Scores the reasoning of a response by a rubric; `digest` of what the code alone does not decide, "" if there is no such thing.
+
+    `apart`: each response is judged by itself, so that a round may be handed over in parts.
+    """
 
     name: str
     rubric: str
     digest: str
+    apart: bool
 
     def check(self) -> None:
         """Raises SetupError where this machine lacks what it takes to judge."""
@@ -213,15 +217,15 @@ class Aligner(Protocol):
     def versions(self) -> dict[str, str]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrainRow:
     """One response with its advantage, as the trainer takes it; `problem_id` and `sample_index` are how errors name it."""
 
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    logprobs: list[float]
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    logprobs: Sequence[float]
     advantage: float
-    token_advantages: list[float] | None = None
+    token_advantages: Sequence[float] | None = None
     truncated: bool = False
     problem_id: str = ""
     sample_index: int = 0
@@ -335,6 +339,10 @@ class Tracker(Protocol):
     def policy(self, path: Path, name: str, metrics: Mapping[str, float]) -> None: ...
 
     def finish(self, status: str, metrics: Mapping[str, float]) -> None: ...
+
+    def settle(self) -> None:
+        """In place of `start` to `finish` where there is nothing to record: waits a while for what earlier runs left to be delivered."""
+        ...
 
     def link(self) -> str | None:
         """Where a person sees the run."""

@@ -9,10 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from papo.engines.policy import load_checkpoint
+from papo.engines.policy import keep_origin, load_checkpoint
 from papo.engines.protocols import Progress, WarmStarter
 from papo.errors import DataError
 from papo.params import WarmstartParams
+from papo.store.faults import reached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -49,8 +50,10 @@ class CheckpointWarmStarter:
             fix="name a folder with config.json, tokenizer and *.safetensors, or a model id of the hub",
             revision=self._revision,
         )
+        reached("write", out)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
+        keep_origin(out, out, name=self._checkpoint, revision=self._revision)
         progress(1)
         return []
 
@@ -133,6 +136,7 @@ class SftWarmStarter:
             trainer.train()
             history = trainer.state.log_history
         model.config.use_cache = True  # Trainer switches it off, and whoever loads the policy would sample slowly
+        reached("write", out)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         return [

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from papo.core.advantages import Advantages, compute_advantages, process_needed
 from papo.core.credit import TokenAdvantages, split_steps, token_advantages, token_steps
-from papo.core.groups import FloatArray
+from papo.core.groups import BoolArray, FloatArray, IndexArray
 from papo.core.overlong import overlong_penalties
 from papo.core.signals import round_signals, verification_flags
 from papo.engines.protocols import Aligner
 from papo.errors import DataError, ParamsError
 from papo.params import AdvantageParams
 from papo.schemas import ADVANTAGES, OK, ORM, PRM, ROLLOUTS
-from papo.stages.rows import check_aligned
+from papo.stages.rows import check_same_rows
+from papo.store.faults import reached
 from papo.store.manifest import Context, Manifest, Task
-from papo.store.tables import read_columns, write_rows
+from papo.store.tables import (
+    PART_ROWS,
+    codes,
+    lengths,
+    numbers,
+    read_columns,
+    read_parts,
+    read_table,
+    values,
+    write_parts,
+)
 
 CODE = (
     "stages/advantage.py",
@@ -58,49 +71,110 @@ def run(
     task = Task("advantage", params, inputs, [out], code=CODE, context=context)
     if done := task.done():
         return done
-    rollouts = read_columns(
-        inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "completion", "completion_ids", "finish_reason",
-        "max_new_tokens", "logprob_difference_mean", "logprob_difference_max",
-    )  # fmt: skip
-    orm = read_columns(inputs.orm, ORM, "problem_id", "sample_index", "orm_score")
-    prm = read_columns(inputs.prm, PRM, "problem_id", "sample_index", "prm_score", "status", "wrong_steps")
-    check_aligned(rollouts, orm, inputs.orm)
-    check_aligned(rollouts, prm, inputs.prm)
-    groups = [row["problem_id"] for row in rollouts]
-    outcomes, process = _scores(orm, "orm_score"), _scores(prm, "prm_score")
-    advantages, tokens = compute(params, rollouts, orm, prm, inputs.prm, engine)
-    rows = [
-        {
-            "round": inputs.round,
-            "problem_id": row["problem_id"],
-            "sample_index": row["sample_index"],
-            "outcome_advantage": a_out,
-            "process_advantage": a_proc,
-            "advantage": total,
-            "token_advantages": values,
-        }
-        for row, a_out, a_proc, total, values in zip(
-            rollouts, *(part.tolist() for part in advantages), tokens, strict=True
+    scored = Scored.read(inputs)
+    tokens: Sequence[list[float] | None] | None = None
+    reached("compute")
+    if params.variant == "capo":
+        rollouts = read_columns(
+            inputs.rollouts, ROLLOUTS, "problem_id", "completion", "completion_ids", "max_new_tokens"
         )
-    ]
-    write_rows(out, ADVANTAGES, rows)
+        orm = read_columns(inputs.orm, ORM, "orm_score")
+        prm = read_columns(inputs.prm, PRM, "prm_score", "status", "wrong_steps")
+        advantages, tokens = compute(params, rollouts, orm, prm, inputs.prm, engine)
+    else:
+        advantages = _by_response(
+            params, scored.outcomes, scored.process, scored.groups, penalties_of(params, scored.lengths, scored.limits)
+        )
+    rows = write_parts(out, ADVANTAGES, _parts(inputs.round, scored.keys, advantages, tokens))
     signals = round_signals(
-        orm_scores=outcomes,
-        prm_scores=process,
-        group_ids=groups,
+        orm_scores=scored.outcomes,
+        prm_scores=scored.process,
+        group_ids=scored.groups,
         advantages=advantages,
-        completion_lengths=np.array([len(row["completion_ids"]) for row in rollouts]),
-        truncated=np.array([row["finish_reason"] == "length" for row in rollouts]),
-        prm_statuses=[row["status"] for row in prm],
-        verification=verification_flags([row["completion"] for row in rollouts]),
+        completion_lengths=scored.lengths,
+        truncated=scored.truncated,
+        prm_statuses=scored.statuses,
+        verification=_verification(inputs.rollouts),
         variant=params.variant,
         lam=params.lam,
         eps=params.eps,
-        penalties=penalties_of(params, rollouts),
-        unpenalised=_unpenalised(params, rollouts, outcomes),
+        penalties=penalties_of(params, scored.lengths, scored.limits),
+        unpenalised=_unpenalised(params, scored),
     )
-    signals |= logprob_differences(rollouts)
-    return task.finish(rows=len(rows), metrics=signals, versions=engine.versions() if engine else None)
+    signals |= logprob_differences(inputs.rollouts)
+    return task.finish(rows=rows, metrics=signals, versions=engine.versions() if engine else None)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The responses of a round in arrays, one value a response. `groups`: their problems by number; `limits`: of new tokens."""
+
+    keys: pa.Table
+    groups: IndexArray
+    outcomes: FloatArray
+    process: FloatArray
+    lengths: npt.NDArray[np.int64]
+    limits: npt.NDArray[np.int64]
+    truncated: BoolArray
+    statuses: list[str]
+
+    @classmethod
+    def read(cls, inputs: Inputs) -> Scored:
+        """
+        Raises:
+            DataError: the scores are not those of the rollouts.
+        """
+        keys = read_table(inputs.rollouts, ROLLOUTS, "problem_id", "sample_index", "finish_reason", "max_new_tokens")
+        orm = read_table(inputs.orm, ORM, "problem_id", "sample_index", "orm_score")
+        prm = read_table(inputs.prm, PRM, "problem_id", "sample_index", "prm_score", "status")
+        check_same_rows(keys, orm, inputs.orm)
+        check_same_rows(keys, prm, inputs.prm)
+        reasons, names = codes(keys, "finish_reason")
+        statuses, words = codes(prm, "status")
+        return cls(
+            keys=keys.select(["problem_id", "sample_index"]),
+            groups=codes(keys, "problem_id")[0],
+            outcomes=numbers(orm, "orm_score"),
+            process=numbers(prm, "prm_score"),
+            lengths=completion_lengths(inputs.rollouts),
+            limits=keys["max_new_tokens"].to_numpy().astype(np.int64),
+            truncated=np.array([name == "length" for name in names], dtype=np.bool_)[reasons],
+            statuses=[words[code] for code in statuses],
+        )
+
+
+def completion_lengths(rollouts: Path) -> npt.NDArray[np.int64]:
+    """(N,) tokens of each completion of a table."""
+    parts = [lengths(part, "completion_ids") for part in read_parts(rollouts, ROLLOUTS, "completion_ids")]
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+
+def _verification(rollouts: Path) -> BoolArray:
+    parts = read_parts(rollouts, ROLLOUTS, "completion")
+    found = [verification_flags(values(part, "completion")) for part in parts]
+    return np.concatenate([np.empty(0, dtype=np.bool_), *found])
+
+
+def _parts(
+    round_: int, keys: pa.Table, advantages: Advantages, tokens: Sequence[list[float] | None] | None
+) -> Iterator[pa.Table]:
+    kinds = {name: ADVANTAGES.schema.field(name).type for name, _ in ADVANTAGES.columns}
+    for start in range(0, len(keys), PART_ROWS):
+        part = slice(start, min(start + PART_ROWS, len(keys)))
+        count = part.stop - part.start
+        some = keys.slice(start, count).combine_chunks()
+        whole = {
+            "outcome_advantage": advantages.outcome,
+            "process_advantage": advantages.process,
+            "advantage": advantages.total,
+        }
+        arrays = [
+            pa.array(np.full(count, round_), kinds["round"]),
+            *some.columns,
+            *(pa.array(numbers[part], kinds[name]) for name, numbers in whole.items()),
+            pa.array([None] * count if tokens is None else tokens[part], kinds["token_advantages"]),
+        ]
+        yield pa.table(arrays, schema=ADVANTAGES.schema)
 
 
 def compute(
@@ -114,12 +188,23 @@ def compute(
     if params.variant == "capo":
         by_token = by_tokens(params, rollouts, orm, prm, path, engine)
         return Advantages(*by_token[:3]), [values.tolist() for values in by_token.tokens]
-    advantages = compute_advantages(
-        _scores(orm, "orm_score"), _scores(prm, "prm_score"), [row["problem_id"] for row in rollouts],
-        variant=params.variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=params.guard,
-        penalties=penalties_of(params, rollouts),
-    )  # fmt: skip
+    ids = [row["problem_id"] for row in rollouts]
+    penalties = penalties_of(params, *_lengths(rollouts))
+    advantages = _by_response(params, _scores(orm, "orm_score"), _scores(prm, "prm_score"), ids, penalties)
     return advantages, [None] * len(rollouts)
+
+
+def _by_response(
+    params: AdvantageParams,
+    outcomes: FloatArray,
+    process: FloatArray,
+    groups: Iterable[Any],
+    penalties: FloatArray | None,
+) -> Advantages:
+    return compute_advantages(
+        outcomes, process, groups, variant=params.variant, lam=params.lam, scale=params.scale, eps=params.eps,
+        guard=params.guard, penalties=penalties,
+    )  # fmt: skip
 
 
 def by_tokens(
@@ -142,11 +227,15 @@ def by_tokens(
         w_proc=params.w_proc,
         scale=params.scale,
         eps=params.eps,
-        penalties=penalties_of(params, rollouts),
+        penalties=penalties_of(params, *_lengths(rollouts)),
     )
 
 
-def penalties_of(params: AdvantageParams, rollouts: Rows) -> FloatArray | None:
+def _lengths(rollouts: Rows) -> tuple[list[int], list[int]]:
+    return [len(row["completion_ids"]) for row in rollouts], [row["max_new_tokens"] for row in rollouts]
+
+
+def penalties_of(params: AdvantageParams, lengths: npt.ArrayLike, limits: npt.ArrayLike) -> FloatArray | None:
     """(N,) penalties for length, by the limit that each response was sampled under; None without `overlong`.
 
     Raises:
@@ -154,29 +243,29 @@ def penalties_of(params: AdvantageParams, rollouts: Rows) -> FloatArray | None:
     """
     if params.overlong is None:
         return None
-    lengths = [len(row["completion_ids"]) for row in rollouts]
-    limits = [row["max_new_tokens"] for row in rollouts]
     return overlong_penalties(lengths, limits, params.overlong.buffer, params.overlong.factor)
 
 
-def logprob_differences(rollouts: Rows) -> dict[str, float]:
+def logprob_differences(rollouts: Path) -> dict[str, float]:
     """Mean and largest difference between the sampler's log-probs and the trainer's, of the responses where both are known."""
     found = {}
     for name, of in (("logprob_difference_mean", np.mean), ("logprob_difference_max", np.max)):
-        if values := [row[name] for row in rollouts if row[name] is not None]:
-            found[name] = float(of(values))
+        known = read_table(rollouts, ROLLOUTS, name)[name].drop_null().to_numpy().astype(np.float64)
+        if known.size:
+            found[name] = float(of(known))
     return found
 
 
-def _unpenalised(params: AdvantageParams, rollouts: Rows, outcomes: FloatArray) -> FloatArray | None:
+def _unpenalised(params: AdvantageParams, scored: Scored) -> FloatArray | None:
     """The outcome advantages without `overlong`; None where there is none."""
     if params.overlong is None:
         return None
-    ids, without = [row["problem_id"] for row in rollouts], np.full(outcomes.size, np.nan)
+    outcomes, ids = scored.outcomes, scored.groups
+    without = np.full(outcomes.size, np.nan)
     if params.variant != "capo":
         return compute_advantages(outcomes, without, ids, variant="orm", scale=params.scale, eps=params.eps).outcome
     return token_advantages(
-        outcomes, [None] * outcomes.size, [len(row["completion_ids"]) for row in rollouts], ids,
+        outcomes, [None] * outcomes.size, scored.lengths, ids,
         w_whole=params.w_whole, w_proc=0.0, scale=params.scale, eps=params.eps,
     ).outcome  # fmt: skip
 

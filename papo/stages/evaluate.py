@@ -25,6 +25,7 @@ from papo.engines.protocols import Sampler, SampleRequest, Verifier, VerifyItem
 from papo.params import EvaluateParams, Metric
 from papo.schemas import EVALUATION, PROBLEMS, SAMPLES, Grading, row_seed
 from papo.stages.rows import check_failures
+from papo.store.faults import reached
 from papo.store.files import digest, write_json
 from papo.store.kept import kept_rows
 from papo.store.manifest import Context, Manifest, Task, code_digest
@@ -136,7 +137,9 @@ def _sampling(
             VerifyItem(problem["answer"], row["completion"], Grading.model_validate_json(problem["grading"]))
             for (problem, _), row in zip(keys, samples, strict=True)
         ]
+        reached("verify")
         verdicts = verifier.verify(items, lambda done: None)
+        reached("verified")
         return [
             {
                 "policy": policy,
@@ -173,13 +176,16 @@ def _kept(
         def make() -> list[dict[str, Any]]:
             nonlocal asked
             asked = True
+            reached("sample")
+            samples = sampler.sample(requests, progress)
+            reached("sampled", detail=f"{len(samples)} rows of {policy}")
             return [
                 {
                     "completion": found.completion,
                     "completion_tokens": len(found.completion_ids),
                     "finish_reason": found.finish_reason,
                 }
-                for found in sampler.sample(requests, progress)
+                for found in samples
             ]
 
         rows = kept_rows(folder, SAMPLES, identity, make)
@@ -203,20 +209,32 @@ def _metrics(
     if len(names) == 1:
         return metrics
     metric = inputs.metrics.get(benchmark, "avg_at_k")
-    gain = _gain(metric, _of(names[-1], rows), _of(names[0], rows), params, inputs.seed)
+    candidate, baseline = _of(names[-1], rows), _of(names[0], rows)
+    k, confidence = params.samples_per_problem, params.confidence
+    gain = paired_gain(metric, candidate, baseline, k=k, confidence=confidence, seed=inputs.seed)
     return metrics | {"gain": {**_plain(gain), "metric": metric, "of": of}}
 
 
-def _gain(
-    metric: Metric, candidate: list[dict[str, Any]], baseline: list[dict[str, Any]], params: EvaluateParams, seed: int
+def paired_gain(
+    metric: Metric,
+    candidate: list[dict[str, Any]],
+    baseline: list[dict[str, Any]],
+    *,
+    k: int,
+    confidence: float,
+    seed: int,
 ) -> Estimate:
+    """The difference of a metric between two policies by problem, from rows of their evaluations with `k` samples a problem.
+
+    Raises:
+        DataError: no problem has scored samples of both; for avg@k also if one has problems that the other has not.
+    """
     if metric == "avg_at_k":
         return paired_bootstrap(
-            _scores(candidate), _ids(candidate), _scores(baseline), _ids(baseline),
-            seed=seed, confidence=params.confidence,
-        )  # fmt: skip
-    values = [_by_problem(metric, rows, params.samples_per_problem) for rows in (candidate, baseline)]
-    gain = paired_bootstrap_of_values(*values, seed=seed, confidence=params.confidence)
+            _scores(candidate), _ids(candidate), _scores(baseline), _ids(baseline), seed=seed, confidence=confidence
+        )
+    values = [_by_problem(metric, rows, k) for rows in (candidate, baseline)]
+    gain = paired_bootstrap_of_values(*values, seed=seed, confidence=confidence)
     return gain._replace(missing=sum(row["orm_score"] is None for row in (*candidate, *baseline)))
 
 

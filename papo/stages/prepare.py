@@ -18,6 +18,7 @@ from papo.engines.protocols import Drop, Problem, Source
 from papo.errors import DataError
 from papo.params import GENERATED, PrepareParams
 from papo.schemas import DROPPED, PROBLEMS, TRACES, Grading, problem_id
+from papo.store.faults import reached
 from papo.store.files import digest, replacing, write_json
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_columns, write_rows
@@ -79,6 +80,7 @@ def run(
     task = Task("prepare", params, inputs, [out], code=CODE, context=context)
     if done := task.done():
         return done
+    reached("read source")
     read = {"train": list(engine.train())} | {name: list(items) for name, items in engine.benchmarks().items()}
     dropped: dict[str, list[Drop]] = {name: [] for name in read}
     benchmarks = {name: _kept(items, dropped[name]) for name, items in read.items() if name != "train"}

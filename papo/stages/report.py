@@ -12,13 +12,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from papo.core.alarms import Limits, fired, onsets
+from papo.core.alarms import Limits, fired, onsets, trained
 from papo.core.costs import totals
 from papo.engines.reporting.page import render
 from papo.engines.reporting.plots import PLOTS, draw
 from papo.engines.reporting.results import EVALUATION, Calibration, Run
 from papo.errors import DataError
 from papo.params import ReportParams
+from papo.store.faults import reached
 from papo.store.files import read_json, replacing, write_json
 from papo.store.manifest import Context, Manifest, Task
 
@@ -32,7 +33,8 @@ PLOTTED = ("accuracy", "prm_mean_correct", "zero_advantage_share", "length_mean"
 class Inputs:
     """Manifests of the process scores, the advantages and of training by round, and the evaluation's metrics.json; `limits` of the alarms.
 
-    `calibrations`: those of the run's judge by name, as `papo calibrate-judge` wrote them; there may be none.
+    `calibrations`: those of the run's judge by name, as `papo calibrate-judge` wrote them; there may be none. `accepted`: by alarm, who
+    let the run go on in spite of it, and when. `lineage`: what the run is a run of, for `papo lineage`; "" if nobody asks.
     """
 
     params: dict[str, Any]
@@ -42,6 +44,8 @@ class Inputs:
     training: dict[str, Path]
     evaluation: Path
     calibrations: dict[str, Path] = field(default_factory=dict)
+    accepted: dict[str, str] = field(default_factory=dict)
+    lineage: str = ""
 
 
 def run(
@@ -63,6 +67,7 @@ def run(
     with replacing(out) as folder:
         (folder / "plots").mkdir(parents=True)
         plots = [(plot, draw(plot, shown, folder / "plots")) for plot in PLOTS]
+        reached("write", out / "index.html")
         (folder / "index.html").write_text(render(params.title, shown, plots), encoding="utf-8")
         (folder / "rounds.csv").write_text(_csv(shown.rounds, ["round"], PLOTTED), encoding="utf-8")
         (folder / "training.csv").write_text(_csv(shown.steps, ["round", "step"]), encoding="utf-8")
@@ -76,6 +81,13 @@ def _read(inputs: Inputs) -> Run:
     judging = [(int(key), _manifest(inputs.judging[key])) for key in sorted(inputs.judging, key=int)]
     training = [(int(key), _manifest(inputs.training[key])) for key in sorted(inputs.training, key=int)]
     steps = [{"round": float(key), **row} for key, manifest in training for row in manifest.history]
+    by_round = dict(training)
+    history = [
+        trained(manifest.metrics, by_round[key].metrics, len(by_round[key].history))
+        if key in by_round
+        else manifest.metrics
+        for key, manifest in signals
+    ]
     try:
         evaluation = EVALUATION.validate_python(read_json(inputs.evaluation))
     except ValidationError as error:
@@ -92,9 +104,11 @@ def _read(inputs: Inputs) -> Run:
         rounds=[{"round": float(key), **manifest.metrics, **cost.get(key, {})} for key, manifest in signals],
         steps=[{**row, "step": float(number)} for number, row in enumerate(steps, 1)],  # counted over the whole run
         evaluation=dict(sorted(evaluation.items(), key=lambda item: _place(item[0], inputs.params))),
-        alarms=onsets(fired([manifest.metrics for _, manifest in signals], Limits(**inputs.limits))),
+        alarms=onsets(fired(history, Limits(**inputs.limits))),
+        accepted=inputs.accepted,
         calibrations=[_calibration(inputs.calibrations[name]) for name in sorted(inputs.calibrations)],
         judging=[{"round": float(key), **manifest.metrics} for key, manifest in judging],
+        lineage=inputs.lineage,
         judging_total=totals([m.metrics for _, m in judging], [m.rows for _, m in judging]),
     )
 

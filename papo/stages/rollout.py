@@ -18,6 +18,7 @@ from papo.engines.protocols import Progress, Recomputer, Sample, Sampler, Sample
 from papo.errors import CheckpointError, DataError
 from papo.params import RolloutParams
 from papo.schemas import PROBLEMS, ROLLOUTS, TRIED, row_seed
+from papo.store.faults import reached
 from papo.store.files import digest
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_rows, write_rows, write_table
@@ -178,7 +179,9 @@ class _Sampling:
             versions = self._engine.sampler.versions()
             self._version = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
         requests = [[one for place in self._places(shard) for one in self._requests(place)] for shard in missing]
+        reached("sample")
         for number, samples in self._engine.sampler.sample_shards(requests, self._progress):
+            reached("sampled", detail=f"{len(samples)} rows of shard {missing[number]}")
             shard = missing[number]
             rows = self._rows(self._places(shard), requests[number], samples)
             self._take(shard, self._task.store(shard, ROLLOUTS, rows))
@@ -286,6 +289,7 @@ def _compared(table: pa.Table, rows: int, recomputer: Recomputer, policy: Path) 
     columns: dict[str, list[float | None]] = {
         f"logprob_difference_{name}": [None] * len(table) for name in ("mean", "max")
     }
+    reached("recompute")
     anew = recomputer.logprobs([(row["prompt_ids"], row["completion_ids"]) for row in given]) if given else []
     for place, row, values in zip(chosen, given, anew, strict=True):
         apart = np.abs(np.subtract(values, row["logprobs"]))

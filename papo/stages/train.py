@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,16 @@ from papo.engines.protocols import Trainer, TrainJob, TrainRow
 from papo.errors import CheckpointError, DataError
 from papo.params import TrainParams
 from papo.schemas import ADVANTAGES, ROLLOUTS
-from papo.stages.rows import check_aligned
+from papo.stages.rows import check_same_rows
+from papo.store.faults import reached
 from papo.store.files import digest, replacing
 from papo.store.manifest import Context, Manifest, Task
-from papo.store.tables import read_columns
+from papo.store.tables import codes, read_parts, read_table
 
 CODE = ("stages/train.py", "stages/rows.py", "engines/training", "engines/policy.py", "core/schedules.py")
+
+
+_KEY = ("problem_id", "sample_index")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,9 @@ def run(params: TrainParams, inputs: Inputs, out: Path, *, engine: Trainer, cont
             out_state=state_folder,
             work=task.work,
         )
+        reached("train")
         history = engine.train(job, progress)
+        reached("trained")
     first = {f"first_step_{name}": history[0][name] for name in ("ratio_min", "ratio_max") if name in history[0]}
     rows = sum(map(len, groups))
     return task.finish(rows=rows, metrics=_summed_up(history) | first, history=history, versions=engine.versions())
@@ -84,28 +91,32 @@ def _summed_up(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _groups(inputs: Inputs) -> list[list[TrainRow]]:
-    rollouts = read_columns(
-        inputs.rollouts, ROLLOUTS,
-        "problem_id", "sample_index", "prompt_ids", "completion_ids", "logprobs", "finish_reason", "policy_digest",
-    )  # fmt: skip
-    sampled_from, given = {row["policy_digest"] for row in rollouts}, digest(inputs.policy)
-    if sampled_from != {given}:
+    sampled_from = codes(read_table(inputs.rollouts, ROLLOUTS, "policy_digest"), "policy_digest")[1]
+    given = digest(inputs.policy)
+    if sampled_from != [given]:
         raise CheckpointError(
-            f"the rollouts were sampled from policy {sorted(sampled_from)[0][:12]}, this one is {given[:12]}",
+            f"the rollouts were sampled from policy {min(sampled_from, default='none')[:12]}, this one is {given[:12]}",
             where=str(inputs.policy),
             fix="run rollout of this round again",
         )
-    advantages = read_columns(
+    advantages = read_table(
         inputs.advantages, ADVANTAGES, "problem_id", "sample_index", "advantage", "token_advantages"
     )
-    check_aligned(rollouts, advantages, inputs.advantages)
+    check_same_rows(read_table(inputs.rollouts, ROLLOUTS, *_KEY), advantages, inputs.advantages)
     groups: dict[str, list[TrainRow]] = {}
-    for rollout, advantage in zip(rollouts, advantages, strict=True):
-        groups.setdefault(rollout["problem_id"], []).append(_row(rollout | advantage, inputs))
+    done = 0
+    columns = ("prompt_ids", "completion_ids", "logprobs", "finish_reason")
+    for part in read_parts(inputs.rollouts, ROLLOUTS, *_KEY, *columns):
+        beside = advantages.slice(done, len(part)).select(["advantage", "token_advantages"]).to_pylist()
+        done += len(part)
+        for rollout, advantage in zip(part.to_pylist(), beside, strict=True):
+            group = groups.setdefault(rollout["problem_id"], [])
+            group.append(_row(rollout | advantage, inputs, group[0] if group else None))
     return list(groups.values())
 
 
-def _row(row: Mapping[str, Any], inputs: Inputs) -> TrainRow:
+def _row(row: Mapping[str, Any], inputs: Inputs, first: TrainRow | None) -> TrainRow:
+    """`first` of its group, with which it shares what is the same."""
     if not row["prompt_ids"]:
         name = f"row {row['problem_id']}/{row['sample_index']}"
         raise DataError(f"{name}: no prompt_ids", where=str(inputs.rollouts), fix="run rollout of this round again")
@@ -114,14 +125,16 @@ def _row(row: Mapping[str, Any], inputs: Inputs) -> TrainRow:
     if (tokens := row["token_advantages"]) is not None:
         length = len(row["completion_ids"])
         _check_numbers(row, "token_advantages", tokens, inputs.advantages, "advantage", length=length)
+    # Tokens and log-probs lie in arrays of four bytes a value, as they are stored; a list of Python's takes ten times that.
+    prompt = array("i", row["prompt_ids"])
     return TrainRow(
-        prompt_ids=row["prompt_ids"],
-        completion_ids=row["completion_ids"],
-        logprobs=row["logprobs"],
+        prompt_ids=first.prompt_ids if first is not None and first.prompt_ids == prompt else prompt,
+        completion_ids=array("i", row["completion_ids"]),
+        logprobs=array("f", row["logprobs"]),
         advantage=row["advantage"],
-        token_advantages=tokens,
+        token_advantages=None if tokens is None else array("f", tokens),
         truncated=row["finish_reason"] == "length",
-        problem_id=row["problem_id"],
+        problem_id=row["problem_id"] if first is None else first.problem_id,
         sample_index=row["sample_index"],
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from papo.engines.protocols import WarmStarter
 from papo.params import WarmstartParams
 from papo.schemas import TRACES
+from papo.store.faults import reached
 from papo.store.files import replacing
 from papo.store.manifest import Context, Manifest, Task
 from papo.store.tables import read_rows
@@ -37,6 +38,8 @@ def run(
         return done
     traces = [(row["prompt"], row["completion"]) for row in read_rows(inputs.traces, TRACES)]
     with replacing(out) as folder, context.progress("warmstart", engine.steps()) as progress:
+        reached("fit")
         history = engine.fit(traces, folder, progress)
+        reached("fitted")
     last = {f"final_{name}": value for name, value in history[-1].items() if name != "step"} if history else {}
     return task.finish(rows=len(traces), metrics=last, history=history, versions=engine.versions())

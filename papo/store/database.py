@@ -16,7 +16,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 from papo.errors import BusyError, DamagedError, DataError, MissingInputError, PapoError, SetupError, UserError
-from papo.store.files import disk_error
+from papo.store.faults import reached
+from papo.store.files import disk_error, make_folder
 
 T = TypeVar("T")
 
@@ -119,10 +120,13 @@ class Database:
         connection = self._connection
         assert connection is not None
         connection.execute(f"PRAGMA synchronous={synchronous}")
+        reached("transaction", self.path)
         connection.execute(bounds[0])
         try:
             result = work(connection)
+            reached("commit", self.path)
             connection.execute(bounds[1])
+            reached("committed", self.path)
         except BaseException:  # an interrupt, too, must leave no transaction open; it is raised again
             with suppress(sqlite3.Error):
                 if connection.in_transaction:
@@ -158,6 +162,7 @@ class Database:
         # The log first, so that it is never beside a file that is not its own.
         for end in ("-wal", "-shm", ""):
             with suppress(FileNotFoundError):
+                reached("set aside", self.path)
                 Path(f"{self.path}{end}").replace(f"{aside}{end}")
         connection, old = self._prepare(), _connect(aside, "ro")
         try:
@@ -177,6 +182,7 @@ class Database:
 
     def _prepare(self) -> sqlite3.Connection:
         """A connection to a file of this version, which is made or migrated."""
+        reached("open database", self.path)
         connection = _connect(self.path, "rwc")
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -253,7 +259,8 @@ class Database:
     def _alone(self) -> Iterator[None]:
         """Nobody else opens, makes or moves the file."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
+            reached("lock", self.path)
             with FileLock(f"{self.path}.lock", timeout=BUSY_S):
                 yield
         except Timeout:

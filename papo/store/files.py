@@ -10,11 +10,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from papo.errors import DataError, MissingInputError, SetupError
+from papo.errors import DamagedError, DataError, MissingInputError, SetupError
+from papo.store.faults import reached
 
 
 @contextmanager
@@ -28,21 +29,45 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         # What killed runs left: nobody else writes `path`, for its workspace is locked.
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
             _remove(left)
+        reached("write", path)
         yield temporary
+        reached("written", path)
         _sync_tree(temporary)
         if path.is_dir():
+            reached("remove", path)
             shutil.rmtree(path)
+        reached("rename", path)
         temporary.replace(path)
+        reached("renamed", path)
         _sync(path.parent)
+        reached("kept", path)
     except BaseException as error:
-        _remove(temporary)
+        with suppress(OSError):  # a disk that takes no write does not let go of a file either
+            _remove(temporary)
         if (named := disk_error(error, path)) is error:
             raise
         raise named from error
+
+
+def make_folder(path: Path) -> None:
+    """The folder and those above it, synced, so that what is stored in it outlives the machine's losing power."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    reached("mkdir", path)
+    path.mkdir(exist_ok=True)
+    _sync(path.parent)
+
+
+def clear_folder(path: Path) -> None:
+    """Removes a folder as far as that can be done; what is left of it is in nobody's way."""
+    with suppress(OSError):
+        reached("remove", path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def disk_error(error: BaseException, path: Path) -> BaseException:
@@ -56,11 +81,11 @@ def disk_error(error: BaseException, path: Path) -> BaseException:
 
 
 def _system_error(error: BaseException) -> int | None:
-    """The number of an error of the system; libraries in Rust, as safetensors is, have it only in the text of their own errors."""
-    if isinstance(error, OSError):
+    """The number of an error of the system; safetensors and shutil have it only in the text of their own errors."""
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))
+    return int(found[1] or found[2]) if found else None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,6 +106,31 @@ def read_json(path: Path) -> Any:
         raise MissingInputError("there is no such file", where=str(path), fix="run the stage that makes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"not JSON: {error}", where=str(path), fix="delete it and run the stage again") from None
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """As `write_json`, with the digest of what is written."""
+    # Through text, as it is read back: keys that are numbers are texts then.
+    plain = json.loads(json.dumps(value, allow_nan=False))
+    write_json(path, {**plain, "digest": _seal(plain)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote.
+
+    Raises:
+        MissingInputError, DataError: it is absent, not JSON, or not what was written.
+    """
+    value = read_json(path)
+    # One that was written before there were digests has none.
+    if not isinstance(value, dict) or ("digest" in value and value.pop("digest") != _seal(value)):
+        fix = "delete it and run the stage again"
+        raise DamagedError("its digest is not that of what was written", where=str(path), fix=fix)
+    return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 _digests: dict[tuple[str, int, int, int], str] = {}
@@ -117,6 +167,7 @@ def _sync_tree(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    reached("fsync", path)
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -125,6 +176,8 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    if path.exists():
+        reached("remove", path)
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -10,7 +10,8 @@ from typing import Any
 
 from papo.errors import DataError
 from papo.schemas import Table
-from papo.store.tables import read_rows, write_rows
+from papo.store.faults import reached
+from papo.store.tables import read_sealed_table, write_sealed_rows
 
 
 def kept_rows(
@@ -26,9 +27,14 @@ def kept_rows(
     path = folder / f"{name[:32]}.parquet"
     if path.is_file():
         try:
-            return read_rows(path, table)
+            return _read(path, table)
         except DataError:
-            path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(path, table, make())
-    return read_rows(path, table)
+            pass  # made again, and written over
+    write_sealed_rows(path, table, make())
+    reached("shard stored", path)
+    return _read(path, table)
+
+
+def _read(path: Path, table: Table) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_sealed_table(path, table).to_pylist()
+    return rows

@@ -69,8 +69,23 @@ class Workspace:
         return self.artifacts / "calibration"
 
     @property
+    def records(self) -> Path:
+        """What `papo lineage` reads, a file a run; beside the pipeline, under DVC by no stage."""
+        return self.artifacts / "runs"
+
+    @property
     def report(self) -> Path:
         return self.artifacts / "report"
+
+    @property
+    def last_good(self) -> Path:
+        """Which policy was the last good one when an alarm asked."""
+        return self.artifacts / "last_good.json"
+
+    @property
+    def decisions(self) -> Path:
+        """What was decided about alarms, by run."""
+        return self.work / "alarms.json"
 
     @property
     def work(self) -> Path:

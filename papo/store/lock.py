@@ -13,7 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from papo.errors import BusyError, SetupError
-from papo.store.files import disk_error
+from papo.store.faults import reached
+from papo.store.files import disk_error, make_folder
 from papo.store.layout import Workspace
 
 
@@ -29,13 +30,14 @@ def exclusive(workspace: Workspace, *, wait_s: float = 0.0) -> Iterator[None]:
     """
     note = workspace.work / "lock.json"
     try:
-        workspace.work.mkdir(parents=True, exist_ok=True)
+        make_folder(workspace.work)
     except (FileExistsError, NotADirectoryError):
         raise SetupError("not a folder", where=str(workspace.root), fix="name a folder with --workspace") from None
     except OSError as error:
         raise disk_error(error, workspace.work) from error
     lock = FileLock(workspace.work / "lock")
     try:
+        reached("lock", workspace.work / "lock")
         lock.acquire(timeout=wait_s)
     except Timeout:
         raise BusyError(
@@ -43,12 +45,17 @@ def exclusive(workspace: Workspace, *, wait_s: float = 0.0) -> Iterator[None]:
             where=str(workspace.root.resolve()),
             fix="wait until it ends, pass --wait SECONDS, or use another folder with --workspace",
         ) from None
+    except OSError as error:
+        raise disk_error(error, workspace.work / "lock") from error
     try:
         with suppress(OSError):  # a full disk must not keep a run from finding that there is nothing to do
+            reached("write", note)
             note.write_text(json.dumps({"pid": os.getpid(), "since": time.time(), "command": " ".join(sys.argv)}))
         yield
     finally:
-        note.unlink(missing_ok=True)
+        with suppress(OSError):  # it says who holds the lock, and the lock is not held
+            reached("remove", note)
+            note.unlink(missing_ok=True)
         lock.release()
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,11 +22,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import papo
 from papo.errors import DataError, PapoError
 from papo.schemas import Table
-from papo.store.files import digest, read_json, write_json
+from papo.store.faults import reached
+from papo.store.files import clear_folder, digest, disk_error, make_folder, read_sealed, write_sealed
 from papo.store.layout import manifest_path
-from papo.store.tables import read_table, write_rows
+from papo.store.tables import read_sealed_table, write_sealed_rows
 
 PACKAGE = Path(papo.__file__).parent
+
+P = TypeVar("P")
+R = TypeVar("R")
 
 
 class Manifest(BaseModel):
@@ -60,7 +63,7 @@ class Manifest(BaseModel):
         """
         path = manifest_path(output)
         try:
-            return cls.model_validate(read_json(path))
+            return cls.model_validate(read_sealed(path))
         except ValidationError as error:
             raise DataError(
                 f"not a manifest of this version: {error.error_count()} fields are wrong",
@@ -73,12 +76,28 @@ def _no_progress(description: str, total: int) -> AbstractContextManager[Callabl
     return nullcontext(lambda done: None)
 
 
+class Spread(Protocol):
+    """Runs work on pieces of `chunk` items in other processes, on this machine or others."""
+
+    @property
+    def chunk(self) -> int: ...
+
+    def map(self, name: str, work: Callable[[P], R], pieces: Sequence[P], *, cpus: int) -> Iterator[R]:
+        """What `work`, which has to be picklable and to take so many CPUs, makes of each piece, in order; from any thread.
+
+        Raises:
+            PapoError: of the work, as it was raised.
+            ServerDownError, StageError, SetupError: of the machines.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What a stage is given beside its params and inputs; none of it changes a result.
 
     `begin` is called with the stage's name when there is something to do, before its time is taken; `say` is told of what takes time,
-    `trace` of each call of a model, with what `Tracker.trace` takes.
+    `trace` of each call of a model, with what `Tracker.trace` takes; `spread` scores elsewhere, None: in this process.
     """
 
     work: Path = Path(".papo")
@@ -87,6 +106,7 @@ class Context:
     warn: Callable[[str], None] = lambda message: None
     say: Callable[[str], None] = lambda message: None
     trace: Callable[[Mapping[str, Any]], None] = lambda call: None
+    spread: Spread | None = None
 
 
 class Task:
@@ -162,19 +182,24 @@ class Task:
         if not path.exists():
             return None
         try:
-            return read_table(path, table)
+            return read_sealed_table(path, table)
         except PapoError as error:
             aside = self.context.work / "quarantine" / f"{self.work.name}-{path.name}"
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(aside)
+            try:
+                make_folder(aside.parent)
+                reached("set aside", path)
+                path.replace(aside)
+            except OSError as problem:
+                raise disk_error(problem, path) from problem
             self.context.warn(f"shard {path.name} is damaged ({error.what}); moved to {aside} and made again")
             return None
 
     def store(self, index: int, table: Table, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         """Shard `index`, as it is read back."""
         path = self._shard(index, table)
-        write_rows(path, table, rows)
-        return read_table(path, table)
+        write_sealed_rows(path, table, rows)
+        reached("shard stored", path)
+        return read_sealed_table(path, table)
 
     def _shard(self, index: int, table: Table) -> Path:
         return self.work / f"{table.name}-{index:05d}.parquet"
@@ -204,8 +229,9 @@ class Task:
             versions=dict(versions or {}),
             seconds=round(time.monotonic() - self._started, 3),
         )
-        write_json(manifest_path(self.outputs[0]), manifest.model_dump(mode="json", exclude={"skipped"}))
-        shutil.rmtree(self.work, ignore_errors=True)
+        write_sealed(manifest_path(self.outputs[0]), manifest.model_dump(mode="json", exclude={"skipped"}))
+        reached("stage finished", manifest_path(self.outputs[0]))
+        clear_folder(self.work)
         return manifest
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from papo.core.alarms import ALARMS, Alarm, Limits, alarms, fired, onsets
-from papo.params import AlarmsParams
+from papo.core.alarms import ALARMS, TRAINING_ALARMS, Alarm, Limits, alarms, fired, last_good, onset, onsets, trained
+from papo.params import AlarmsParams, OnAlarmParams
 
 REFERENCE = Path(__file__).parents[3] / "shared/reference"
 
@@ -150,11 +150,68 @@ def test_each_round_is_judged_as_it_was_seen_then() -> None:
     assert fired(history[:3]) == raised[:2]
 
 
+def test_steps_that_were_not_applied_ring_with_the_training_of_their_round() -> None:
+    assert "non_finite_loss" not in names([CALM, trained(CALM, {}, 8)])
+    history = [CALM, trained(CALM, {"broken": 2.0, "loss": 0.1}, 8)]
+    assert names(history) == ["non_finite_loss"]
+    assert names(history, broken_steps=3) == []
+    (alarm,) = alarms(history)
+    assert alarm.evidence == "2 of 8 optimizer steps were not applied, because loss or gradient were not finite"
+
+
+def test_an_alarm_rings_since_the_round_after_the_last_in_which_it_did_not() -> None:
+    raised = fired(course(judge_failure_share=[0.2, 0.0, 0.2, 0.2, 0.2]))
+    assert onset(raised, "judge_outage") == 2
+    assert onset(raised[:1], "judge_outage") == 0
+
+
+def test_a_collapse_goes_back_to_the_policy_behind_the_best_rounds() -> None:
+    # Rounds 2 to 4 are the best three; round 3, their middle, was sampled from the policy of round 2.
+    history = course(accuracy=[0.20, 0.28, 0.30, 0.33, 0.32, 0.20, 0.10, 0.02])
+    (alarm,) = [one for one in onsets(fired(history)) if one.name == "collapse"]
+    good = last_good(history, "collapse", alarm.round)
+    assert (alarm.round, good.round) == (7, 2)
+    assert good.why == "it sampled round 3, around which accuracy was at its best, 0.32 over 3 rounds"
+    # What comes after the onset says nothing about which was the best before it.
+    assert last_good([*history, *course(accuracy=[0.9, 0.9, 0.9])], "collapse", alarm.round) == good
+
+
+def test_a_collapse_counts_only_rounds_whose_accuracy_is_known() -> None:
+    history = course(accuracy=[0.5, 0.5, 0.1])
+    del history[1]["accuracy"]
+    assert last_good(history, "collapse", 2, Limits(patience=1)).round == -1
+    assert last_good([{}, {}], "collapse", 1).round == -1
+
+
+@pytest.mark.parametrize(
+    ("name", "since", "round_"),
+    [
+        ("length_inflation", 5, 3),  # the policy of round 4 sampled round 5, and shows it
+        ("reward_hacking", 1, -1),
+        ("reward_hacking", 0, -1),
+        ("judge_outage", 5, 4),  # a round's scores say nothing against the policy that it was sampled from
+        ("signal_exhaustion", 0, -1),
+        ("logprob_mismatch", 3, 2),
+        ("rank_inversions", 3, 2),
+        ("non_finite_loss", 3, 2),
+    ],
+)
+def test_the_last_good_policy_is_the_last_that_the_alarm_says_nothing_against(
+    name: str, since: int, round_: int
+) -> None:
+    good = last_good([CALM] * (since + 1), name, since)
+    assert good.round == round_
+    assert good.why
+
+
 def test_the_params_are_the_limits() -> None:
     assert AlarmsParams().model_dump() == dataclasses.asdict(Limits())
     assert set(ALARMS) == {
         "signal_exhaustion", "reward_hacking", "collapse", "length_inflation", "judge_outage", "logprob_mismatch", "rank_inversions",
+        "non_finite_loss",
     }  # fmt: skip
+    assert set(OnAlarmParams.model_fields) == {*ALARMS, "wait_hours"}
+    assert set(TRAINING_ALARMS) < set(ALARMS)
 
 
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="the published 3B curves are not beside this checkout")

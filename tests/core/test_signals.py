@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from papo.core.advantages import Advantages, compute_advantages
-from papo.core.signals import round_signals, verification_flags
+from papo.core.signals import STATUSES, round_signals, verification_flags
 from papo.errors import DataError
+from papo.schemas import PRM_STATUSES
 
 NAN = math.nan
 
@@ -80,6 +81,8 @@ def test_every_signal_by_hand() -> None:
         "judge_failure_share_refused": 0,
         "judge_failure_share_unparsable": 0,
         "judge_failure_share_error": 0,
+        "judge_failure_share_too_long": 0.0,
+        "judge_failure_share_rate_limited": 0.0,
         "length_mean": 30,
         "length_p95": 91,
         "length_max": 100,
@@ -305,3 +308,14 @@ def test_degenerate_texts_take_linear_time(text: str) -> None:
     start = time.process_time()
     verification_flags([text])
     assert time.process_time() - start < 2.0
+
+
+def test_every_status_that_a_judge_can_give_is_counted() -> None:
+    assert set(STATUSES) == set(PRM_STATUSES)
+    shares = {status: 1 / len(PRM_STATUSES[2:]) for status in PRM_STATUSES[2:]}
+    count = len(shares)
+    found = signals(
+        orm_scores=[1] * count, prm_scores=[NAN] * count, prm_statuses=list(shares), group_ids=["a"] * count,
+        completion_lengths=[1] * count, truncated=[0] * count,
+    )  # fmt: skip
+    assert {status: found[f"judge_failure_share_{status}"] for status in shares} == pytest.approx(shares)

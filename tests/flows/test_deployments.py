@@ -1,59 +1,25 @@
-"""prefect.yaml on a real server: a process worker runs both deployments from a copy of the checkout."""
+"""prefect.yaml on a real server: a process worker runs the deployments from a copy of the checkout."""
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import yaml
 
 from .conftest import TINY
+from .processes import free_port, started, until
 
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
-
-
-@contextmanager
-def started(command: list[str], *, cwd: Path, environment: dict[str, str], log: Path) -> Iterator[None]:
-    """A service with a session of its own; whatever it started ends with it."""
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, cwd=cwd, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-    try:
-        yield
-    finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
-        _, left = psutil.wait_procs(family, timeout=30)
-        for member in left:
-            member.kill()
-        process.wait(timeout=30)
-
-
-def until(read: Callable[[], Any], *, seconds: float, what: str) -> Any:
-    """The first answer that is not empty."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if answer := read():
-                return answer
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(f"{what}: not within {seconds:.0f} s")
 
 
 @dataclass(frozen=True)
@@ -87,9 +53,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "prefect.yaml", checkout)
     (checkout / "params.yaml").write_text(yaml.safe_dump(TINY))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     logs = tmp_path_factory.mktemp("logs")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | {
         "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
@@ -116,12 +80,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             yield result
 
 
-def test_the_flow_has_both_deployments(served: Served) -> None:
+def test_the_flow_has_its_deployments(served: Served) -> None:
     deployments = served.api.post("/deployments/filter", json={}).json()
     flow = served.api.get("/flows/name/papo").json()["id"]
     assert {(item["name"], item["flow_id"]) for item in deployments} == {
         ("train-eval", flow),
         ("nightly-ablations", flow),
+        ("evaluate", flow),
     }
     steps = [{"prefect.deployments.steps.set_working_directory": {"directory": str(served.checkout)}}]
     assert all(item["pull_steps"] == steps for item in deployments)

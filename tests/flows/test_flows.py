@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from prefect.blocks.system import Secret
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
 from prefect.states import Failed
 from servers.chat import chat_process
 
+import flows.notify
 import flows.pipeline
 from flows.ablations import nightly_ablations
 from flows.pipeline import train_eval
 from papo.errors import ParamsError, StageError
 from papo.params import Variant, load_params
-from papo.pipeline import STAGES, steps
-from papo.session import Summary
+from papo.pipeline import STAGES, Step, steps
+from papo.session import Session, Summary
+
+from .processes import webhook
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -116,7 +120,63 @@ def test_a_stage_whose_server_was_down_is_started_again_and_no_other(
     runs = len(seen.billed) + 1
     eventually(lambda: {run.name: run.run_count for run in tasks_of(client, state)}.get("score_prm 0"), runs)
     assert {run.run_count for run in tasks_of(client, state) if run.name != "score_prm 0"} == {1}
-    assert not flows.pipeline.server_is_down(None, None, Failed(data=StageError("too many rows failed")))
+    assert not flows.pipeline.retry_may_help(None, None, Failed(data=StageError("too many rows failed")))
+
+
+@pytest.mark.timeout(
+    200, method="thread"
+)  # by default it takes the alarm of which Prefect makes the end of a task's time
+def test_a_stage_that_is_not_done_in_time_is_started_again(
+    client: SyncPrefectClient, first: State[Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs the first time."""
+    patient = flows.pipeline.STAGE_TASKS["report"].with_options(retries=1, retry_delay_seconds=[0.1])
+    monkeypatch.setitem(flows.pipeline.STAGE_TASKS, "report", patient)
+    step, hung = Session.step, []
+
+    def hanging(session: Session, which: Step) -> Any:
+        if which.stage == "report" and not hung:
+            hung.append(which)
+            time.sleep(300)
+        return step(session, which)
+
+    monkeypatch.setattr(Session, "step", hanging)
+    state = train_eval(overrides=("flow.timeouts={report: 0.05}",), dvc=False, return_state=True)
+    assert state.is_completed(), state.message
+    assert hung
+    eventually(lambda: {run.name: run.run_count for run in tasks_of(client, state)}.get("report"), 2)
+
+
+def test_nothing_of_a_result_is_kept_by_prefect(first: State[Summary], server: str) -> None:
+    """Of a run that failed it keeps the error; none has failed so far."""
+    from prefect.settings import PREFECT_HOME
+
+    assert not list((PREFECT_HOME.value() / "storage").glob("*"))
+
+
+def test_people_are_told_of_alarms_and_of_a_run_that_failed(
+    client: SyncPrefectClient, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a webhook whose address is in a Secret block of Prefect."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    with webhook() as (address, messages):
+        Secret(value=address).save("lab", overwrite=True)
+        monkeypatch.setenv("PAPO_NOTIFY", "secret/lab")
+        limits = ("alarms.exhausted_share=0", "alarms.patience=1")
+        train_eval(overrides=limits, workspace="alarmed", dvc=False)
+        (alarm,) = messages
+        assert alarm.startswith("papo: alarm in papo seed0 1 rounds\nsignal_exhaustion from round 0: ")
+        nowhere = ("prepare.source=nowhere.jsonl", "prepare.eval_sources={tiny: nowhere.jsonl}")
+        state = train_eval(overrides=nowhere, workspace="failed", dvc=False, return_state=True)
+        assert state.is_failed()
+        assert len(messages) == 2
+        assert messages[1].startswith("papo: papo seed0 1 rounds failed\n")
+        assert "nowhere.jsonl" in messages[1]
+        assert "to do: " in messages[1]
+    monkeypatch.setenv("PAPO_NOTIFY", address)  # nobody listens there any more
+    assert not flows.notify.send("unheard")
 
 
 def test_alarms_are_an_artifact_and_in_the_result(client: SyncPrefectClient, first: State[Summary]) -> None:
@@ -126,12 +186,6 @@ def test_alarms_are_an_artifact_and_in_the_result(client: SyncPrefectClient, fir
     (row,) = json.loads(artifacts["papo-alarms"]["data"])
     assert (row["alarm"], row["from round"]) == ("signal_exhaustion", "0")
     assert f"- alarm from round 0, signal_exhaustion: {row['evidence']}" in artifacts["papo-result"]["data"]
-
-
-def test_nothing_of_a_result_is_kept_by_prefect(first: State[Summary], server: str) -> None:
-    from prefect.settings import PREFECT_HOME
-
-    assert not list((PREFECT_HOME.value() / "storage").glob("*"))
 
 
 def test_params_that_are_wrong_end_the_flow_failed_with_the_message(

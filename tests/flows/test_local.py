@@ -76,3 +76,33 @@ def test_an_interrupted_run_says_so_and_leaves_nothing_running(
         process.wait(timeout=10)
         if process.stderr is not None:
             process.stderr.close()
+
+
+def test_a_run_that_is_killed_leaves_nothing_running(tmp_path: Path) -> None:
+    """Not even Prefect's server, which is nobody's child then."""
+    write_tiny(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "flows.pipeline", "--no-dvc", "--set", "warmstart.steps=100000"],
+        cwd=tmp_path,
+        env=environment(tmp_path / "home"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    family = [psutil.Process(process.pid)]
+    try:
+        assert process.stderr is not None
+        assert any("Beginning flow run" in line for line in process.stderr)
+        family += family[0].children(recursive=True)
+        assert any("uvicorn" in " ".join(member.cmdline()) for member in family)
+        process.kill()
+        _, left = psutil.wait_procs(family, timeout=60)
+        assert left == []
+        assert states(tmp_path / "home") == [("papo seed0 1 rounds", "RUNNING")]  # there was nobody to say so
+    finally:
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.wait(timeout=10)
+        if process.stderr is not None:
+            process.stderr.close()

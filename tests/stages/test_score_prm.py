@@ -26,7 +26,7 @@ TIMEOUT = Judgement(None, "timeout", "no answer in 3 s", prompt_tokens=5)
 
 
 class FakeJudge:
-    name, rubric, digest = "fake", "rubric/1", ""
+    name, rubric, digest, apart = "fake", "rubric/1", "", True
 
     def __init__(self, *judgements: Judgement) -> None:
         self._judgements = judgements

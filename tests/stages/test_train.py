@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def test_policy_state_and_record(tmp_path: Path, small_round: Any, context: Cont
     assert (job.round, job.policy, job.state, job.reference) == (0, given.policy, None, None)
     assert [[row.advantage for row in group] for group in job.groups] == [VALUES[:4], VALUES[4:]]
     problem = small_round.keys[0][1]
-    first = TrainRow([1], [5, 6], pytest.approx([-0.1, -0.2]), 1.0, None, problem_id=problem, sample_index=0)
+    tokens = array("i", [1]), array("i", [5, 6])
+    first = TrainRow(*tokens, pytest.approx([-0.1, -0.2]), 1.0, None, problem_id=problem, sample_index=0)
     assert job.groups[0][0] == first
     assert job.work.is_relative_to(context.work)
     assert tree(tmp_path / "0") == ["policy", "policy.manifest.json", "policy/whole", "trainer", "trainer/whole"]
@@ -81,7 +83,8 @@ def test_one_advantage_a_token_reaches_the_trainer(tmp_path: Path, small_round: 
     small_round.advantages(VALUES, token_advantages=tokens)
     run(given, tmp_path, engine, context)
     (job,) = engine.calls
-    assert [row.token_advantages for group in job.groups for row in group] == tokens
+    found = [row.token_advantages for group in job.groups for row in group]
+    assert [None if values is None else list(values) for values in found] == tokens
 
 
 def test_a_second_run_does_nothing_and_another_state_does(tmp_path: Path, small_round: Any, context: Context) -> None:

@@ -18,7 +18,7 @@ from train_tables import write_tables
 from papo.engines.protocols import SampleRequest, TrainRow
 from papo.engines.training.state import RECORD, STATE_FILE, WEIGHTS_FILE, Reached
 from papo.params import ModelParams, WarmstartParams
-from papo.store.files import digest
+from papo.store.files import digest, read_sealed
 from papo.store.layout import Workspace
 from papo.store.manifest import Manifest
 
@@ -117,7 +117,7 @@ def records(workspace: Workspace, round_: int) -> list[Path]:
 def reached(workspace: Workspace, round_: int = 0) -> list[dict[str, float]]:
     """The metrics of the steps that a restart need not do again."""
     found = records(workspace, round_)
-    return Reached.model_validate_json(found[-1].read_bytes()).history if found else []
+    return Reached.model_validate(read_sealed(found[-1])).history if found else []
 
 
 def steps_saved(workspace: Workspace, round_: int = 0) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from papo.errors import DataError, MissingInputError, SetupError
-from papo.store.files import digest, disk_error, read_json, replacing, write_json
+from papo.errors import DamagedError, DataError, MissingInputError, SetupError
+from papo.store.faults import watching
+from papo.store.files import (
+    clear_folder,
+    digest,
+    disk_error,
+    make_folder,
+    read_json,
+    read_sealed,
+    replacing,
+    write_json,
+    write_sealed,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -184,3 +196,88 @@ def test_the_digest_of_a_folder_is_that_of_names_and_content(tmp_path: Path) -> 
 def test_there_is_no_digest_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="no such file"):
         digest(tmp_path / "none")
+
+
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What `os.fsync` is called for from now on."""
+    found: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: found.append(Path(f"/proc/self/fd/{handle}").readlink()))
+    return found
+
+
+def test_the_name_of_a_new_folder_is_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = synced(monkeypatch)
+    make_folder(tmp_path / "a/b")
+    assert found == [tmp_path, tmp_path / "a"]
+    make_folder(tmp_path / "a/b")
+    assert len(found) == 2
+    with replacing(tmp_path / "c/file") as temporary:
+        temporary.write_text("x")
+    assert found[2:] == [tmp_path, temporary, tmp_path / "c"]
+
+
+def test_a_folder_cannot_be_where_a_file_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(OSError, match="file"):
+            make_folder(path)
+
+
+def test_what_cannot_be_cleared_stays_without_an_error(tmp_path: Path) -> None:
+    def refuse(point: str, path: Path | None, detail: str) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    (tmp_path / "folder").mkdir()
+    with watching(refuse):
+        clear_folder(tmp_path / "folder")
+    assert (tmp_path / "folder").is_dir()
+    clear_folder(tmp_path / "folder")
+    clear_folder(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_disk_that_becomes_read_only_while_a_file_is_written_is_named(tmp_path: Path) -> None:
+    def refuse(point: str, path: Path | None, detail: str) -> None:
+        if point in ("fsync", "remove"):
+            raise OSError(errno.EROFS, "read-only")
+
+    path = tmp_path / "file"
+    with watching(refuse), pytest.raises(SetupError) as caught, replacing(path) as temporary:
+        temporary.write_text("x")
+    assert caught.value.where == str(path)
+    assert not path.exists()
+
+
+def test_an_error_of_shutil_is_that_of_the_system_in_it(tmp_path: Path) -> None:
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", target)
+
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from/file").write_text("x")
+    with pytest.raises(SetupError, match="the disk is full"), replacing(tmp_path / "to") as folder:
+        shutil.copytree(tmp_path / "from", folder, copy_function=full)
+    assert names(tmp_path) == ["from"]
+
+
+def test_sealed_json_with_another_byte_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    value = {"rows": 12, "metrics": {"a": 0.25, "b": 1e-9}, "list": [1, 2]}
+    write_sealed(path, {**value, "by number": {1: 2}})
+    assert read_sealed(path) == {**value, "by number": {"1": 2}}
+    whole = path.read_bytes()
+    for place in range(len(whole) - 1):  # the last is a newline
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        if changed[place : place + 1].isspace() and whole[place : place + 1].isspace():
+            continue
+        try:
+            found = read_sealed(path)
+        except DataError:
+            continue
+        assert set(found) - {*value, "by number"}, changed  # `digest` has another name, which the reader does not know
+    path.write_text("[]")
+    with pytest.raises(DamagedError):
+        read_sealed(path)
+    write_json(path, value)  # as before there were digests
+    assert read_sealed(path) == value

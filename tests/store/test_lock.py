@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from papo.errors import BusyError, SetupError
+from papo.store.faults import watching
 from papo.store.layout import Workspace
 from papo.store.lock import exclusive
 
@@ -94,3 +96,24 @@ def test_a_workspace_that_cannot_be_a_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(SetupError) as caught, exclusive(Workspace(tmp_path / "file")):
         pass
     assert str(tmp_path / "file") in caught.value.where
+
+
+def test_a_disk_that_takes_no_write_is_named(tmp_path: Path) -> None:
+    def refuse(point: str, path: Path | None, detail: str) -> None:
+        if point == "lock":
+            raise OSError(errno.EROFS, "read-only")
+
+    with watching(refuse), pytest.raises(SetupError) as caught, exclusive(Workspace(tmp_path)):
+        pass
+    assert caught.value.where == str(tmp_path / ".papo/lock")
+
+
+def test_a_disk_that_became_read_only_does_not_hide_how_the_run_ended(tmp_path: Path) -> None:
+    def refuse(point: str, path: Path | None, detail: str) -> None:
+        if point == "remove":
+            raise OSError(errno.EROFS, "read-only")
+
+    with watching(refuse), pytest.raises(ValueError, match="the end"), exclusive(Workspace(tmp_path)):
+        raise ValueError("the end")
+    with exclusive(Workspace(tmp_path)):  # nothing is held
+        pass

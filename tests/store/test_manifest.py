@@ -185,7 +185,7 @@ def test_a_damaged_shard_is_set_aside_named_and_made_again(
     stage: Stage, warned: list[str], damage: Callable[[bytes], bytes]
 ) -> None:
     stage.start().shard(7, TRACES, Maker())
-    (path,) = stage.start().work.iterdir()
+    (path,) = stage.start().work.glob("*.parquet")
     path.write_bytes(damage(path.read_bytes()))
     make = Maker()
     assert stage.start().shard(7, TRACES, make).to_pylist() == [{"prompt": "x", "completion": "y"}]
@@ -195,6 +195,27 @@ def test_a_damaged_shard_is_set_aside_named_and_made_again(
     assert "traces-00007.parquet is damaged" in warned[0]
     assert str(aside) in warned[0]
     assert read_rows(path, TRACES)
+
+
+def test_a_shard_without_its_digest_is_made_again(stage: Stage, warned: list[str]) -> None:
+    stage.start().shard(7, TRACES, Maker())
+    (path,) = stage.start().work.glob("*.parquet")
+    path.with_suffix(".sha256.json").unlink()
+    make = Maker()
+    stage.start().shard(7, TRACES, make)
+    assert make.calls == 1
+    assert "its digest cannot be read" in warned[0]
+
+
+def test_a_manifest_with_another_number_is_not_believed(stage: Stage, warned: list[str]) -> None:
+    stage.run()
+    path = manifest_path(stage.start().outputs[0])
+    text = path.read_text()
+    path.write_text(text.replace('"rows": ', '"rows": 1', 1))
+    assert stage.start().done() is None
+    assert "its digest is not that of what was written" in warned[0]
+    path.write_text(text)
+    assert stage.start().done() is not None
 
 
 def test_the_end_of_a_stage_clears_its_shards(stage: Stage) -> None:

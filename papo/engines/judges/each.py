@@ -13,6 +13,7 @@ class EachItem:
     name: str
     rubric: str
     digest = ""
+    apart = True
 
     def check(self) -> None:
         """Nothing is needed."""

@@ -93,6 +93,8 @@ def _failure(vote: _Verdict | _Failure) -> _Failure | None:
 class ModelJudge:
     """Implements `Judge` by a model behind an OpenAI-compatible server."""
 
+    apart = False
+
     def __init__(self, params: ScorePrmParams, purpose: Purpose) -> None:
         """
         Raises:

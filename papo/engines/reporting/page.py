@@ -50,6 +50,7 @@ def render(title: str, shown: Run, plots: Sequence[tuple[Plot, str | None]]) -> 
         judging=judging_table(shown),
         asked=asked_sentence(shown),
         params=shown.params,
+        lineage=shown.lineage,
     )
     return page + "\n"
 
@@ -92,7 +93,11 @@ def _setup(params: Mapping[str, Any]) -> str:
 
 def _notes(shown: Run) -> list[str]:
     """What a reader should know before believing the curves."""
-    notes = [f"Alarm from round {a.round}, {a.name.replace('_', ' ')}: {a.evidence}." for a in shown.alarms]
+    notes = [
+        f"Alarm from round {a.round}, {a.name.replace('_', ' ')}: {a.evidence}."
+        + (f" It was {shown.accepted[a.name]}." if a.name in shown.accepted else "")
+        for a in shown.alarms
+    ]
     if np.any(shown.signal("lam_max_exceeded") == 1.0):
         notes.append(
             f"λ is at or above {np.nanmin(shown.signal('lam_max')):.3g}, the bound for this group size below which "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from papo.engines.reporting.results import FloatArray, Run
+from papo.store.faults import reached
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,6 +66,7 @@ def draw(plot: Plot, shown: Run, folder: Path) -> str | None:
         if not plot.draw(figure, shown):
             return None
         if plot.png:
+            reached("write", folder / f"{plot.name}.png")
             figure.savefig(folder / f"{plot.name}.png", dpi=160, metadata={"Software": None})
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})

@@ -151,7 +151,8 @@ EVALUATION = TypeAdapter(Annotated[dict[str, Benchmark], Field(min_length=1)])
 class Run:
     """What the page tells: a row of signals a round, a row of metrics an optimizer step, benchmarks by name, alarms as they began.
 
-    `judging`: a row of the metrics of score_prm a round; `judging_total`: the same over the run.
+    `accepted`: by alarm, that the run went on in spite of it. `judging`: a row of the metrics of score_prm a round; `judging_total`: the
+    same over the run.
     """
 
     params: dict[str, Any]
@@ -159,9 +160,11 @@ class Run:
     steps: Rows
     evaluation: dict[str, Benchmark]
     alarms: list[Alarm] = field(default_factory=list)
+    accepted: dict[str, str] = field(default_factory=dict)
     calibrations: list[Calibration] = field(default_factory=list)
     judging: Rows = field(default_factory=list)
     judging_total: dict[str, float] = field(default_factory=dict)
+    lineage: str = ""
 
     def signal(self, name: str) -> FloatArray:
         """One value a round, from 0 to the last; NaN where the signal is absent."""

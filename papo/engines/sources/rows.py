@@ -166,6 +166,14 @@ def _load(source: str, split: str, subset: str | None, revision: str | None) -> 
         if path.is_file():
             return list(datasets.load_dataset(loader or "json", data_files=str(path), split="train"))
         return list(datasets.load_dataset(source, subset, split=split, revision=revision))
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        raise DataError(
+            "the data set needs Python code of its own, which papo does not run",
+            where=source,
+            fix="name a revision without it (the hub converts many to Parquet: refs/convert/parquet), or a file",
+        ) from None
     except (OSError, ValueError, EOFError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         raise DataError(
             f"the data set cannot be loaded: {error.__cause__ or error}",

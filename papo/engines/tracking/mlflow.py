@@ -17,8 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from papo.engines.tracking import without_password
-from papo.engines.tracking.traces import PER_ROUND, Sample, trace, trace_id
+from papo.engines.tracking.delivery import absolute
+from papo.engines.tracking.outbox import key_of
+from papo.engines.tracking.traces import PER_ROUND, Call, trace, trace_id
+from papo.engines.tracking.troubles import without_password
 from papo.params import TrackingParams
 
 if TYPE_CHECKING:
@@ -30,9 +32,9 @@ T = TypeVar("T")
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",  # else it reports on tables it creates and licences it does not find
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # else it reports on tables it creates, and at length on what is tried again
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # else an outage is noticed after minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the outbox tries again, and knows what had been stored without an answer
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
 """Defaults; what the environment already says stays."""
@@ -40,8 +42,7 @@ ENVIRONMENT = {
 METRICS_PER_BATCH, PARAMS_PER_BATCH, SPANS_PER_BATCH = 1000, 100, 10
 PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 8000, 250, 36
 
-LINEAGE, KIND = "papo.lineage", "papo.kind"
-SAME = (LINEAGE, "papo.run", "papo.workspace")  # those of them that are given make two starts one run
+LINEAGE, KIND, RECORD = "papo.lineage", "papo.kind", "papo.record"
 PARENT = "mlflow.parentRunId"
 
 MIRRORED = {
@@ -80,64 +81,74 @@ MIRRORED = {
 
 
 class MlflowTracker:
-    """Implements `Tracker` against one MLflow server or database. Raises what MLflow raises.
+    """Implements `Backend` against one MLflow server or database. Raises what MLflow raises.
 
-    A run that ended early is taken up again by the next with the same `papo.lineage` tag and, where those are given,
-    the same `papo.run` and `papo.workspace`. A point (metric, step) that the run has is not written a second time.
+    The runs of a record are known by their tag `papo.record`. A point (metric, step) that a run has is not written a second time, and as
+    each point has the time at which it was recorded, MLflow takes the same one twice for one.
     """
 
     def __init__(self, params: TrackingParams) -> None:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        # Imported here, in the thread of the run: two threads that import at once can see half a module.
-        import mlflow  # noqa: F401
-
-        self._database = _sqlite_file(params.uri)
-        self._uri = f"sqlite:///{self._database}" if self._database else params.uri
+        prepare()
+        self.at = time.time()
+        self._uri = absolute(params.uri)
+        self._database = Path(self._uri.removeprefix("sqlite:///")) if self._uri.startswith("sqlite:///") else None
         self._experiment_name = params.experiment
         self._name = ""
         self._experiment = self._parent = ""
         self._tags: dict[str, str] = {}
         self._children: dict[str, str] = {}
+        self._params: dict[str, set[str]] = {}
         self._points: dict[str, set[tuple[str, int]]] = {}
-        self._round = 0
-        self._sample = Sample(params.judge_traces)
-        self._taken_up = False
+        self._made = False
 
-    def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Creates the parent run, or takes up the unfinished one of the same lineage.
+    def open(self, record: str, name: str, tags: Mapping[str, str], run: str) -> str:
+        """Finds or creates the parent run.
 
         Args:
-            params: flat; a value that is no string is written as JSON, as params.yaml has it.
             tags: `papo.lineage`, and whatever else says where the run comes from (commit, workspace, flow run id).
+            run: the id of the parent run, if it is known; another run of the record that is empty is deleted.
         """
         from mlflow import MlflowClient
 
-        self._name, self._tags = name, {key: value[:TAG_LENGTH] for key, value in tags.items()}
+        self._name = name
+        self._tags = {key: value[:TAG_LENGTH] for key, value in tags.items()} | {RECORD: record}
         if self._database is not None:
             self._database.parent.mkdir(parents=True, exist_ok=True)
         self._client: MlflowClient = MlflowClient(self._uri)  # creates the tables of a new database, in 3 to 8 s
         self._experiment = self._find_experiment()
-        run = self._unfinished()
-        if run is None:
-            run = self._client.create_run(self._experiment, run_name=name, tags={KIND: "run", **self._tags})
-            self._points[run.info.run_id] = set()
+        parents, children = self._recorded()
+        if (known := _chosen(parents, run) if parents else self._unfinished()) is not None:
+            self._take_up(known, children)
         else:
-            self._take_up(run)
-        self._parent = run.info.run_id
-        self._log_params(self._parent, {key: params[key] for key in params if _key(key) not in run.data.params})
+            made = self._client.create_run(
+                self._experiment, start_time=self._now(), run_name=name, tags={KIND: "run", **self._tags}
+            )
+            self._parent = made.info.run_id
+            self._params[self._parent], self._points[self._parent] = set(), set()
+            self._made = True
+        return self._parent
+
+    def start(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Writes params that the run does not have, and tags; a run that had ended goes on.
+
+        Args:
+            params: flat; a value that is no string is written as JSON, as params.yaml has it.
+        """
+        self._tags |= {key: value[:TAG_LENGTH] for key, value in tags.items()}
+        if not self._made:
+            self._client.log_batch(self._parent, tags=_tag_entities(self._tags))
+            for run in (self._parent, *self._children.values()):
+                self._client.update_run(run, status="RUNNING")
+        self._made = False
+        self._log_params(self._parent, params)
 
     def check(self) -> None:
         self._client.get_run(self._parent)
 
     def stage(self, stage: str, round_: int | None, manifest: Mapping[str, Any]) -> None:
-        """Writes a manifest to the stage's child run: `metrics` at step `round_`, `history` as `steps/..`, datasets.
-
-        The traces of a round's calls are written with the manifest of score_prm, when no judge waits for replies.
-        """
+        """Writes a manifest to the stage's child run: `metrics` at step `round_`, `history` as `steps/..`, datasets."""
         from mlflow.entities import DatasetInput
 
-        self._round = max(self._round, round_ or 0)
         child = self._child(stage, manifest)
         step = round_ or 0
         metrics = dict(manifest["metrics"])
@@ -149,12 +160,6 @@ class MlflowTracker:
         if datasets:
             self._client.log_inputs(child, datasets)
         self._log_points(self._parent, [(key, value, step) for key, value in _mirrored(stage, metrics)])
-        if stage == "score_prm":
-            self._write_traces(round_)
-
-    def trace(self, call: Mapping[str, Any]) -> None:
-        """Keeps the call in memory if it is one of those that are written."""
-        self._sample.add(call)
 
     def tag(self, key: str, value: str) -> None:
         self._client.set_tag(self._parent, key, value[:TAG_LENGTH])
@@ -165,7 +170,7 @@ class MlflowTracker:
         else:
             self._client.log_artifact(self._parent, str(path))
 
-    def policy(self, path: Path, name: str, metrics: Mapping[str, float]) -> None:
+    def policy(self, path: Path, name: str, metrics: Mapping[str, float], step: int) -> None:
         """Writes a policy as a model that `mlflow.transformers.load_model` loads, unless the run has it already.
 
         The weights are copied, not loaded; the requirements are those of this environment, not inferred by loading.
@@ -174,9 +179,10 @@ class MlflowTracker:
         from mlflow.models import Model
 
         name = re.sub(r"""[/:.%"']""", "-", name)
-        if name in self._policies():
+        entry, whole = self._policy(name)
+        if whole:
             return
-        entry = self._client.create_logged_model(
+        entry = entry or self._client.create_logged_model(
             self._experiment, name=name, source_run_id=self._parent, tags=self._tags, model_type="policy"
         )
         model = Model(
@@ -188,21 +194,19 @@ class MlflowTracker:
         with tempfile.TemporaryDirectory() as scratch:
             _save_transformers(path, Path(scratch) / "model", model)
             self._client.log_model_artifacts(entry.model_id, str(Path(scratch) / "model"))
-        self._client.log_outputs(self._parent, [LoggedModelOutput(entry.model_id, step=self._round)])
-        points = [(key, value, self._round) for key, value in metrics.items()]
-        self._client.log_batch(self._parent, metrics=list(_entities(points, model_id=entry.model_id)))
+        outputs = self._client.get_run(self._parent).outputs
+        if entry.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+            self._client.log_outputs(self._parent, [LoggedModelOutput(entry.model_id, step=step)])
+        points = [(key, value, step) for key, value in metrics.items()]
+        self._client.log_batch(self._parent, metrics=list(_entities(points, self._now(), model_id=entry.model_id)))
         self._client.finalize_logged_model(entry.model_id, LoggedModelStatus.READY)
 
-    def finish(self, status: str, metrics: Mapping[str, float]) -> None:
-        """Writes the final metrics and ends the run and its stages as FINISHED, FAILED or KILLED.
-
-        Calls of a round whose stage did not end get their traces here.
-        """
-        self._log_points(self._parent, [(key, value, self._round) for key, value in metrics.items()])
+    def finish(self, status: str, metrics: Mapping[str, float], step: int) -> None:
+        """Writes the final metrics and ends the run and its stages as FINISHED, FAILED or KILLED."""
+        self._log_points(self._parent, [(key, value, step) for key, value in metrics.items()])
+        self._drop_doubles(*self._recorded())
         for run in (*self._children.values(), self._parent):
-            self._client.set_terminated(run, status=status)
-        for round_ in self._sample.rounds():
-            self._write_traces(round_)
+            self._client.set_terminated(run, status=status, end_time=self._now())
 
     def link(self) -> str | None:
         """A URL where a server has one, else the command that shows the run."""
@@ -215,86 +219,121 @@ class MlflowTracker:
         return f"{command}  (experiment {self._experiment_name}, run {self._name})"
 
     def _find_experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
         found = self._client.get_experiment_by_name(self._experiment_name)
-        if found is not None:
-            return str(found.experiment_id)
-        artifacts = (self._database.parent / "mlartifacts").as_uri() if self._database else None
-        return str(self._client.create_experiment(self._experiment_name, artifact_location=artifacts))
+        if found is None:
+            artifacts = (self._database.parent / "mlartifacts").as_uri() if self._database else None
+            try:
+                return str(self._client.create_experiment(self._experiment_name, artifact_location=artifacts))
+            except MlflowException:
+                # Another run may have made it meanwhile.
+                if (found := self._client.get_experiment_by_name(self._experiment_name)) is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            raise ValueError(f"experiment {self._experiment_name} (id {found.experiment_id}) is deleted")
+        return str(found.experiment_id)
+
+    def _recorded(self) -> tuple[list[Run], list[Run]]:
+        """The parent runs and the child runs of this record: one, and one a stage, unless a call was stored whose answer was lost."""
+        condition = f"tags.`{RECORD}` = {_quoted(self._tags[RECORD])}"
+        found = self._client.search_runs([self._experiment], condition, max_results=1000)
+        return [run for run in found if PARENT not in run.data.tags], [run for run in found if PARENT in run.data.tags]
 
     def _unfinished(self) -> Run | None:
-        if LINEAGE not in self._tags:
+        """A run of the same lineage that was recorded before records had ids."""
+        if not (wanted := key_of(self._tags)):
             return None
-        wanted = {key: self._tags[key] for key in SAME if key in self._tags} | {KIND: "run"}
-        conditions = [f"tags.`{key}` = {_quoted(value)}" for key, value in wanted.items()]
+        conditions = [f"tags.`{key}` = {_quoted(value)}" for key, value in (wanted | {KIND: "run"}).items()]
         found = self._client.search_runs(
             [self._experiment],
             " and ".join([*conditions, "attributes.status != 'FINISHED'"]),
-            max_results=1,
+            max_results=100,
             order_by=["attributes.start_time DESC"],
         )
-        return found[0] if found else None
+        return next((run for run in found if RECORD not in run.data.tags), None)
 
-    def _take_up(self, run: Run) -> None:
-        """Goes on with a run and its children: their state, and the points they have."""
-        children = self._client.search_runs(
-            [self._experiment], f"tags.`{PARENT}` = {_quoted(run.info.run_id)}", max_results=1000
-        )
-        self._children = {child.info.run_name: child.info.run_id for child in children}
-        for member in (run, *children):
-            identifier = member.info.run_id
-            self._points[identifier] = {
-                (point.key, point.step)
-                for key in member.data.metrics
-                for point in self._client.get_metric_history(identifier, key)
-            }
-            self._client.update_run(identifier, status="RUNNING")
-        self._client.log_batch(run.info.run_id, tags=_tag_entities(self._tags))
-        self._taken_up = True
+    def _take_up(self, run: Run, children: Sequence[Run]) -> None:
+        """Goes on with a run and its children; their points are looked up when one is written."""
+        self._parent = run.info.run_id
+        if RECORD not in run.data.tags:
+            children = self._client.search_runs(
+                [self._experiment], f"tags.`{PARENT}` = {_quoted(self._parent)}", max_results=1000
+            )
+            for member in (run, *children):
+                self._client.set_tag(member.info.run_id, RECORD, self._tags[RECORD])
+        for child in sorted(children, key=_fullness):  # the fullest last, so that it stays
+            if child.data.tags[PARENT] == self._parent:
+                self._children[child.info.run_name] = child.info.run_id
+        self._params = {member.info.run_id: set(member.data.params) for member in (run, *children)}
+
+    def _drop_doubles(self, parents: Sequence[Run], children: Sequence[Run]) -> None:
+        """Deletes the empty runs that calls left whose answer was lost."""
+        own = {self._parent, *self._children.values()}
+        for run in (*parents, *children):
+            if run.info.run_id not in own and not _fullness(run):
+                self._client.delete_run(run.info.run_id)
 
     def _child(self, stage: str, manifest: Mapping[str, Any]) -> str:
         if stage not in self._children:
             run = self._client.create_run(
                 self._experiment,
-                start_time=_now() - round(1000 * manifest["seconds"]),
+                start_time=self._now() - round(1000 * manifest["seconds"]),
                 tags=self._tags | {KIND: "stage", PARENT: self._parent},
                 run_name=stage,
             )
             self._children[stage] = run.info.run_id
-            self._points[run.info.run_id] = set()
-            self._log_params(run.info.run_id, dict(_flat(manifest.get("params", {}))))
+            self._params[run.info.run_id], self._points[run.info.run_id] = set(), set()
+        self._log_params(self._children[stage], dict(_flat(manifest.get("params", {}))))
         return self._children[stage]
+
+    def _known(self, run: str) -> set[tuple[str, int]]:
+        """The (metric, step) that a run has."""
+        if run not in self._points:
+            self._points[run] = {
+                (point.key, point.step)
+                for key in self._client.get_run(run).data.metrics
+                for point in self._client.get_metric_history(run, key)
+            }
+        return self._points[run]
 
     def _log_params(self, run: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        entities = (Param(_key(key), _text(value)) for key, value in params.items())
+        known = self._params[run]
+        entities = (Param(_key(key), _text(value)) for key, value in params.items() if _key(key) not in known)
         for batch in _batches(entities, PARAMS_PER_BATCH):
             self._client.log_batch(run, params=batch)
+            known |= {param.key for param in batch}
 
     def _log_points(self, run: str, points: Iterable[tuple[str, float, int]]) -> None:
         """One batch, or as few as the limit allows, of the (key, value, step) that the run does not have."""
-        known = self._points[run]
+        known = self._known(run)
         new = {(_key(key), step): value for key, value, step in points if (_key(key), step) not in known}
-        for batch in _batches(_entities((key, value, step) for (key, step), value in new.items()), METRICS_PER_BATCH):
+        entities = _entities(((key, value, step) for (key, step), value in new.items()), self._now())
+        for batch in _batches(entities, METRICS_PER_BATCH):
             self._client.log_batch(run, metrics=batch)
             known |= {(point.key, point.step) for point in batch}
 
-    def _write_traces(self, round_: int | None) -> None:
-        """Writes the calls of a round that the run does not have, as many as there is room for."""
+    def traces(self, round_: int | None, calls: Sequence[Call]) -> None:
+        """Writes the calls of a round, as many as there is room for. The span of a trace that is there is written over."""
         from mlflow.tracing.client import TracingClient
 
-        calls = self._sample.take(round_)
-        if not calls:
-            return
-        there = self._traces_of(round_) if self._taken_up else set()
-        new = [call for call in calls if trace_id(call, self._parent) not in there][: PER_ROUND - len(there)]
+        there = self._traces_of(round_)
+        room = PER_ROUND - len(there)
+        chosen = []
+        for call in calls:
+            if (known := trace_id(call, self._parent) in there) or room > 0:
+                chosen.append(call)
+                room -= not known
         tags = {LINEAGE: self._tags[LINEAGE]} if LINEAGE in self._tags else {}
         # Not MlflowClient.start_trace: its spans go to the global tracking URI, and its failures to a log.
         client = TracingClient(self._uri)
-        for batch in _batches(new, SPANS_PER_BATCH):
+        for batch in _batches(chosen, SPANS_PER_BATCH):
             made = [trace(call, run=self._parent, experiment=self._experiment, tags=tags) for call in batch]
             for info, _ in made:
-                client.start_trace(info)
+                if info.trace_id not in there:
+                    client.start_trace(info)
             client.log_spans(self._experiment, [span for _, span in made])
 
     def _traces_of(self, round_: int | None) -> set[str]:
@@ -305,15 +344,37 @@ class MlflowTracker:
         )  # fmt: skip
         return {one.info.trace_id for one in found}
 
-    def _policies(self) -> set[str]:
-        """Names of the policies of this run that are whole."""
+    def _policy(self, name: str) -> tuple[Any, bool]:
+        """The entry of a policy of this run, if there is one, and whether it is whole; further ones that are not are deleted."""
         found = self._client.search_logged_models([self._experiment], f"source_run_id = {_quoted(self._parent)}")
-        return {model.name for model in found if str(model.status) == "READY"}
+        named = sorted((model for model in found if model.name == name), key=lambda model: str(model.status) != "READY")
+        for double in named[1:]:
+            if str(double.status) != "READY":
+                self._client.delete_logged_model(double.model_id)
+        return (named[0], str(named[0].status) == "READY") if named else (None, False)
+
+    def _now(self) -> int:
+        """When what is being delivered was recorded, in milliseconds."""
+        return int(self.at * 1000)
 
 
-def _sqlite_file(uri: str) -> Path | None:
-    """The absolute path of an SQLite database, so that a later change of folder means nothing; None for other URIs."""
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+def prepare() -> None:
+    """Imports MLflow, quietly.
+
+    In the thread of the run, before another asks for it: two threads that import at once can see half a module.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401  # only so that it is there
+
+
+def _chosen(runs: Sequence[Run], known: str) -> Run:
+    """The one of several runs of a record that was gone on with."""
+    return max(runs, key=lambda run: (run.info.run_id == known, _fullness(run), run.info.run_id))
+
+
+def _fullness(run: Run) -> int:
+    return len(run.data.params) + len(run.data.metrics)
 
 
 def _save_transformers(policy: Path, out: Path, model: Any) -> None:
@@ -362,11 +423,10 @@ def _datasets(manifest: Mapping[str, Any]) -> Iterator[Any]:
                 yield DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
-def _entities(points: Iterable[tuple[str, float, int]], *, model_id: str | None = None) -> Iterator[Metric]:
+def _entities(points: Iterable[tuple[str, float, int]], at: int, *, model_id: str | None = None) -> Iterator[Metric]:
     from mlflow.entities import Metric
 
-    now = _now()
-    return (Metric(_key(key), float(value), now, step, model_id=model_id) for key, value, step in points)
+    return (Metric(_key(key), float(value), at, step, model_id=model_id) for key, value, step in points)
 
 
 def _tag_entities(tags: Mapping[str, str]) -> list[Any]:
@@ -402,7 +462,3 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     stream = iter(items)
     while batch := list(islice(stream, size)):
         yield batch
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

@@ -40,7 +40,7 @@ def tokens_of(batch: MicroBatch, device: torch.device) -> Tokens:
     lengths = torch.tensor([item.completion for item in batch.items])
     rows = torch.repeat_interleave(torch.arange(len(batch.items)), lengths)
 
-    def flat(values: list[list[float]]) -> torch.Tensor:
+    def flat(values: list[Sequence[float]]) -> torch.Tensor:
         return torch.tensor([value for row in values for value in row], dtype=torch.float32)
 
     stored = [item.row for item in batch.items]

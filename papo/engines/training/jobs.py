@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.feather as feather
@@ -50,10 +52,14 @@ class Order(BaseModel):
 def write_job(folder: Path, order: Order, job: TrainJob) -> None:
     """Into a folder that is there."""
     rows = [(number, row) for number, group in enumerate(job.groups) for row in group]
-    columns = {name: pa.array([getattr(row, name) for _, row in rows], _TYPES[name]) for name in _NAMES}
+    columns = {name: pa.array([_plain(getattr(row, name)) for _, row in rows], _TYPES[name]) for name in _NAMES}
     numbers = pa.array([number for number, _ in rows], pa.int64())
     feather.write_feather(pa.table({"group": numbers} | columns), str(folder / _ROWS))
     write_json(folder / _JOB, order.model_dump(mode="json"))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, array) else value
 
 
 def read_job(folder: Path) -> tuple[Order, TrainJob]:

@@ -5,7 +5,6 @@ Whole tensors by the names of the parameters, so that a round may go on with ano
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,17 @@ from safetensors.torch import load_file, save_file
 
 from papo.errors import CheckpointError, DamagedError, DataError, MissingInputError
 from papo.params import LoraParams
-from papo.store.files import digest, read_json, replacing, write_json
+from papo.store.faults import reached
+from papo.store.files import (
+    clear_folder,
+    digest,
+    make_folder,
+    read_json,
+    read_sealed,
+    replacing,
+    write_json,
+    write_sealed,
+)
 
 STATE_FILE = "optimizer.safetensors"
 WEIGHTS_FILE = "weights.safetensors"
@@ -55,7 +64,8 @@ class Reached(BaseModel):
 
 def save_state(folder: Path, moments: Tensors, state: State, adapters: Tensors | None = None) -> None:
     """The state of a finished round."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    reached("write", folder / STATE_FILE)
     save_file(moments, folder / STATE_FILE)
     if adapters is not None:
         save_file(adapters, folder / ADAPTERS)
@@ -151,18 +161,20 @@ class Saved:
     def __init__(self, work: Path) -> None:
         self._work = work
 
-    def write(self, weights: Tensors, moments: Tensors, reached: Reached) -> None:
+    def write(self, weights: Tensors, moments: Tensors, so_far: Reached) -> None:
         """The one before goes when this one is there: whenever the process is killed, there is one that is whole."""
-        kept = self._work / f"step-{reached.steps:06d}"
+        kept = self._work / f"step-{so_far.steps:06d}"
         with replacing(kept) as folder:
             folder.mkdir()
+            reached("write", kept / WEIGHTS_FILE)
             save_file(weights, folder / WEIGHTS_FILE)
             save_file(moments, folder / STATE_FILE)
             files = {name: digest(folder / name) for name in (WEIGHTS_FILE, STATE_FILE)}
-            record = reached.model_copy(update={"files": files})
-            (folder / RECORD).write_text(record.model_dump_json(), encoding="utf-8")
+            record = so_far.model_copy(update={"files": files})
+            write_sealed(folder / RECORD, record.model_dump())
+        reached("step saved", kept)
         for old in {*self._kept(), *self._work.glob(".step-*.tmp")} - {kept}:
-            shutil.rmtree(old, ignore_errors=True)
+            clear_folder(old)
 
     def read(self) -> tuple[tuple[Tensors, Tensors, Reached] | None, list[tuple[Path, str]]]:
         """What was written last and is whole, if anything is; folders that are not, and what is wrong with each."""
@@ -177,7 +189,8 @@ class Saved:
     def set_aside(self, folder: Path) -> Path:
         """Where it lies now; it goes with the folder of work."""
         aside = self._work / f"damaged-{folder.name}"
-        shutil.rmtree(aside, ignore_errors=True)
+        clear_folder(aside)
+        reached("set aside", folder)
         return folder.rename(aside)
 
     def _kept(self) -> list[Path]:
@@ -185,9 +198,9 @@ class Saved:
 
 
 def _read_step(folder: Path) -> tuple[Tensors, Tensors, Reached]:
-    reached = Reached.model_validate_json((folder / RECORD).read_bytes())
-    for name, wanted in reached.files.items():
+    found = Reached.model_validate(read_sealed(folder / RECORD))
+    for name, wanted in found.files.items():
         # Safetensors sees a file that was cut off, not one whose numbers are others.
         if digest(folder / name) != wanted:
             raise DamagedError(f"{name} is not what was written", where=str(folder))
-    return load_file(folder / WEIGHTS_FILE), load_file(folder / STATE_FILE), reached
+    return load_file(folder / WEIGHTS_FILE), load_file(folder / STATE_FILE), found

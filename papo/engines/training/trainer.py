@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from papo.core.schedules import adapted_coefficient, rate_factor
-from papo.engines.policy import load_policy
+from papo.engines.policy import keep_origin, load_policy
 from papo.engines.protocols import Progress, TrainJob, TrainRow
 from papo.engines.training.batches import Layout, MicroBatch, Step, plan
 from papo.engines.training.checks import check_rows, check_same_tokens, check_trainer
@@ -31,8 +31,9 @@ from papo.engines.training.optimizers import make_optimizer
 from papo.engines.training.probe import probe
 from papo.engines.training.projection import Objective, Projected
 from papo.engines.training.state import Reached, Saved, State, load_state, save_state
-from papo.errors import CheckpointError, SetupError, StageError
+from papo.errors import CheckpointError, NotFiniteError, SetupError
 from papo.params import TrainParams
+from papo.store.faults import reached
 from papo.store.files import digest, replacing
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class GrpoTrainer:
             SetupError: a device or library that the params ask for is not there.
             CheckpointError: policy, reference or optimizer state cannot be used, or do not belong together.
             DataError: a row holds a token that the policy does not have.
-            StageError: loss or gradient are not finite in too many steps.
+            NotFiniteError: loss or gradient are not finite in too many steps.
         """
         check_trainer(self._params)
         device = pick_device(self._params.devices.device)
@@ -137,6 +138,7 @@ class _Round:
         self._stop_if_broken()
         saved = time.monotonic()
         for number in range(len(self._history), len(self._steps)):
+            reached("step", detail=str(number))
             self._history.append(self._step(number, proximal))
             progress(1)
             self._stop_if_broken()
@@ -303,7 +305,7 @@ class _Round:
             with replacing(good) as folder:
                 self._write_policy(folder, weights)
         self._devices.gathered([])  # the first error ends all processes
-        raise StageError(
+        raise NotFiniteError(
             f"loss or gradient are not finite in {len(self._broken)} of {len(self._steps)} steps: {'; '.join(self._broken)}",
             where=f"{self._job.work}; in its folder {good.name} is the policy as of the last step that was applied, which papo evaluate "
             "--policy takes",
@@ -314,13 +316,13 @@ class _Round:
     def _save(self) -> None:
         weights, moments = self._devices.weights(), self._devices.moments()
         if self._devices.rank == 0:
-            reached = Reached(
+            so_far = Reached(
                 steps=len(self._history),
                 history=self._history,
                 kl_coefficient=self._kl_coefficient,
                 broken=self._broken,
             )
-            self._saved.write(weights, moments, reached)
+            self._saved.write(weights, moments, so_far)
 
     def _resume(self) -> int:
         """Goes on where a run that was ended had saved; the number of steps it had done."""
@@ -330,11 +332,11 @@ class _Round:
             self._warn(f"a saved step of this round is damaged ({why}); moved to {self._saved.set_aside(folder)}")
         if found is None:
             return 0
-        weights, moments, reached = found
+        weights, moments, so_far = found
         self._devices.load(weights, moments)
-        self._history, self._broken = list(reached.history), list(reached.broken)
-        self._kl_coefficient = reached.kl_coefficient
-        return reached.steps
+        self._history, self._broken = list(so_far.history), list(so_far.broken)
+        self._kl_coefficient = so_far.kl_coefficient
+        return so_far.steps
 
     def _finish(self) -> None:
         job, weights, moments = self._job, self._devices.weights(), self._devices.moments()
@@ -362,8 +364,10 @@ class _Round:
             name: first.setdefault(one, name) for name, one in self._model.named_parameters(remove_duplicate=False)
         }
         whole = {name: weights.get(names.get(name, name), value) for name, value in self._model.state_dict().items()}
+        reached("write", folder)
         self._model.save_pretrained(folder, state_dict=whole)
         self._tokenizer.save_pretrained(folder)
+        keep_origin(self._job.policy, folder)
 
 
 def _name(row: TrainRow) -> str:

@@ -15,7 +15,7 @@ from papo.engines.policy import load_policy
 from papo.engines.protocols import TrainRow
 from papo.engines.training import trainer
 from papo.engines.training.state import STATE_FILE
-from papo.errors import StageError
+from papo.errors import NotFiniteError
 from papo.params import TrainParams
 from papo.store.files import digest
 
@@ -99,7 +99,7 @@ def test_rows_that_are_too_much_only_together_are_told_as_that(policy: Path, gro
 
 def test_a_round_of_which_no_step_was_applied_stops(policy: Path, groups: Groups, tmp_path: Path) -> None:
     broken = with_rows(groups[:1], impossible, (0, 1))
-    with pytest.raises(StageError, match="not finite in 1 of 1 steps"):
+    with pytest.raises(NotFiniteError, match="not finite in 1 of 1 steps"):
         run_stage(ONE_BY_ONE, inputs_of(tmp_path, policy, broken), tmp_path)
     assert not (tmp_path / "policy").exists()
 
@@ -133,7 +133,7 @@ def test_after_some_such_steps_the_stage_stops_with_the_last_good_weights(
     inputs = inputs_of(tmp_path, policy, with_rows(groups, impossible, (1, 2), (2, 0)))
     done: list[int] = []
     warned: list[str] = []
-    stopped = failure(StageError, lambda: run_stage(params, inputs, tmp_path, warned.append, told=done.append))
+    stopped = failure(NotFiniteError, lambda: run_stage(params, inputs, tmp_path, warned.append, told=done.append))
     assert stopped.what == ("loss or gradient are not finite in 2 of 4 steps: step 2 by p1/2; step 3 by p2/0")
     assert [names(warning) for warning in warned] == [["p1/2"], ["p2/0"]]
     assert done == [1, 1, 1]
@@ -152,16 +152,16 @@ def test_a_rerun_stops_at_once_and_one_with_another_learning_rate_starts_anew(
 ) -> None:
     params = ONE_BY_ONE.model_copy(update={"max_broken_steps": 1})
     inputs = inputs_of(tmp_path, policy, with_rows(groups, impossible, (2, 3)))
-    first = failure(StageError, lambda: run_stage(params, inputs, tmp_path))
+    first = failure(NotFiniteError, lambda: run_stage(params, inputs, tmp_path))
     done: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(trainer._Round, "_step", lambda *_: pytest.fail("a step was done again"))
-        again = failure(StageError, lambda: run_stage(params, inputs, tmp_path, told=done.append))
+        again = failure(NotFiniteError, lambda: run_stage(params, inputs, tmp_path, told=done.append))
     assert str(again) == str(first)
     assert done == [3]
     other = params.model_copy(update={"learning_rate": 1e-4})
     done.clear()
-    failure(StageError, lambda: run_stage(other, inputs, tmp_path, told=done.append))
+    failure(NotFiniteError, lambda: run_stage(other, inputs, tmp_path, told=done.append))
     assert done == [1, 1, 1]
 
 
@@ -178,6 +178,6 @@ def test_a_restart_knows_the_broken_steps_there_were(policy: Path, groups: Group
     with pytest.raises(KeyboardInterrupt):
         run_stage(params, inputs, tmp_path, told=interrupt)
     done.clear()
-    stopped = failure(StageError, lambda: run_stage(params, inputs, tmp_path, told=done.append))
+    stopped = failure(NotFiniteError, lambda: run_stage(params, inputs, tmp_path, told=done.append))
     assert names(stopped.what) == ["p0/2", "p3/0"]
     assert done == [2, 1, 1]

@@ -26,7 +26,7 @@ from papo.engines.training.batches import Layout, plan
 from papo.engines.training.jobs import Order, read_job, write_job
 from papo.engines.training.launch import LaunchedTrainer, _error
 from papo.engines.training.state import STATE_FILE
-from papo.errors import DataError, MissingInputError, PapoError, ParamsError, SetupError, StageError
+from papo.errors import DataError, MissingInputError, NotFiniteError, PapoError, ParamsError, SetupError, StageError
 from papo.params import TrainParams, validate_params
 
 NEAR = 1e-5
@@ -216,7 +216,7 @@ def test_a_broken_step_is_left_out_by_all_processes(policy: Path, uneven: Groups
     assert "p/0" in two.warnings[0]
     job = _job(policy, groups, tmp_path / "stopped")
     stopped = failure(
-        StageError, lambda: launched(max_broken_steps=1, **spread(2, kind)).train(job, lambda steps: None)
+        NotFiniteError, lambda: launched(max_broken_steps=1, **spread(2, kind)).train(job, lambda steps: None)
     )
     assert "1 of 4 steps" in stopped.what
     first = Trained(policy, groups[:1], tmp_path / "first")

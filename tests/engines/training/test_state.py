@@ -55,8 +55,17 @@ def test_of_two_steps_the_older_is_taken_if_the_newer_is_damaged(tmp_path: Path,
     shutil.copytree(tmp_path / "other/step-000002", tmp_path / "work/step-000002")
     assert read(tmp_path / "work") == ((3.0, 3), [])
     path = tmp_path / "work/step-000003" / name
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])  # the last byte of JSON is a newline
     assert read(tmp_path / "work") == ((2.0, 2), ["step-000003"])
+
+
+def test_a_step_whose_record_has_another_number_is_not_taken(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    path = tmp_path / "step-000003" / RECORD
+    text = path.read_text()
+    path.write_text(text.replace('"kl_coefficient": 0.5', '"kl_coefficient": 0.6'))
+    assert path.read_text() != text
+    assert read(tmp_path) == (None, ["step-000003"])
 
 
 def test_what_is_damaged_is_set_aside_and_not_read_again(tmp_path: Path) -> None:
