@@ -37,6 +37,14 @@ for line in sys.stdin:
 """
 
 
+TESTS = Path(__file__).parent
+
+
+def with_tests() -> dict[str, str]:
+    """The environment of a process that imports this checkout, and what its tests share."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS)))}
+
+
 class Papo:
     """Commands of `papo`, each in a process of its own that is forked from one that has imported what they need."""
 
@@ -92,9 +100,14 @@ def papo_forks(folder: Path, imports: str) -> Iterator[Papo]:
         imports: statements that import what the commands will; what they would compute with must not start threads.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(Path(__file__).parents[1] / "params.yaml", folder)
+    shutil.copy(TESTS.parent / "params.yaml", folder)
     with subprocess.Popen(
-        [sys.executable, "-c", _FORKS, imports], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _FORKS, imports],
+        cwd=folder,
+        env=with_tests(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdin is not None
         try:

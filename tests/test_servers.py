@@ -158,7 +158,7 @@ def test_a_worker_writes_a_run_whose_policy_is_in_the_store_and_loads_back_byte_
     policy, report = trained.folder / "artifacts/warmstart", tmp_path / "report"
     report.mkdir()
     (report / "index.html").write_text("<p>")
-    tracker = make_tracker(TrackingParams(uri=stack.mlflow), warn=no_warning)
+    tracker = make_tracker(TrackingParams(uri=stack.mlflow), outbox=tmp_path / "outbox", warn=no_warning)
     tracker.start("papo-seed0", {"run.seed": 0}, {"papo.lineage": "abc"})
     manifest = {"metrics": {"accuracy": 0.5}, "seconds": 1.0, "rows": 8, "outputs": {"a.parquet": "0" * 64}}
     tracker.stage("advantage", 0, manifest)

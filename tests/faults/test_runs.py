@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from faults.world import IMPORTS, PARAMS, contents
-from forks import Papo, papo_forks
+from forks import Papo, papo_forks, with_tests
 
 from papo.errors import AlarmError
 from papo.lineage.record import read_record
@@ -171,7 +171,9 @@ def test_a_start_that_is_shared_half_way_is_shared_by_the_next(runs: Runs, tmp_p
             "from papo import session; session.Session.step = lambda *_: sys.exit(0)\n"
             f"from papo.cli import main; sys.exit(main({command!r}))"
         )
-        return subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=checkout, env=with_tests(), capture_output=True, text=True, check=False
+        )
 
     done = start(None, "none")
     assert done.returncode == 0, done.stderr
@@ -207,7 +209,9 @@ def test_a_run_that_is_killed_while_dvc_commits_is_recorded_by_the_next(
         )
         shutil.rmtree(checkout / ".dvc/cache", ignore_errors=True)
         (checkout / "dvc.lock").unlink(missing_ok=True)
-        done = subprocess.run([sys.executable, "-c", code], cwd=checkout, check=False, start_new_session=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=checkout, env=with_tests(), check=False, start_new_session=True
+        )
         assert done.returncode == -signal.SIGKILL, point
         again = subprocess.run(
             [sys.executable, "-m", "papo", "run"], cwd=checkout, capture_output=True, text=True, check=False
