@@ -57,13 +57,17 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not vllm and not ops"
 
+# The files that have tests with a marker: to import all the others takes a minute.
+marked = $(shell grep --recursive --files-with-matches --include="*.py" "mark\.$(1)" tests | sort)
+
 # Real servers, DVC from a fresh clone, learning and collapse over several seeds.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not vllm"
+	$(BIN)/python -m pytest -m "slow and not vllm" $(call marked,slow)
 
 # What a night can bring: every fault at every point, servers on Postgres that come and go, many clients at once.
+# TESTS=tests/faults: only those.
 test-ops: $(READY)
-	$(BIN)/python -m pytest -m ops $(TESTS)
+	$(BIN)/python -m pytest -m ops $(or $(TESTS),$(call marked,ops))
 
 # Real vLLM servers on the CPU, of SmolLM2-135M-Instruct and of the embedded policy (3.5 GB of disk, 3 GB of memory, some four minutes to
 # install; each server takes 25 s to start, and minutes beside other work).

@@ -1,4 +1,4 @@
-"""The embedded default really learns, on three seeds; a gamed judge makes PRM collapse and leaves PAPO standing.
+"""The embedded default really learns, on two seeds; a gamed judge makes PRM collapse and leaves PAPO standing.
 
 And in a second world, of programs, the readability of those that pass rises where the judge of readability is asked.
 """
@@ -56,9 +56,8 @@ def test_papo_learns_on_the_default_seed(trained: Checkout) -> None:
     assert fired(history(trained.folder)) == []
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_papo_learns_on_other_seeds(trained: Checkout, seed: int) -> None:
-    run = beside(trained, f"seed{seed}", f"run.seed={seed}")
+def test_papo_learns_on_another_seed(trained: Checkout) -> None:
+    run = beside(trained, "seed1", "run.seed=1")
     assert evaluation(run)["gain"]["value"] >= 0.15
     assert fired(history(run)) == []
 
