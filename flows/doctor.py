@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import ssl
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ QUEUE = "gpu"
 DEPLOYMENTS = ("train-eval", "nightly-ablations", "evaluate")
 AUTOMATIONS = ("papo: dead runs", "papo: lost runs", "papo: restarts")
 PATIENCE_S = 15.0
+BUSY_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 class Address(NamedTuple):
@@ -97,7 +99,8 @@ def server() -> Iterator[httpx.Client]:
     """The API of the server that the settings name, once it has shown that it can be used.
 
     Raises:
-        SetupError: no server is named, it does not answer, asks for a password, is none of Prefect, or of another version.
+        SetupError: no server is named, it does not answer, asks for a password, is none of Prefect, or of another version; in the `with`,
+            too, if it stops answering or cannot do what it is asked.
     """
     found = addresses()
     if not found:
@@ -113,7 +116,14 @@ def server() -> Iterator[httpx.Client]:
         )
     with _client(found[0]) as client:
         _check_version(client, found[0])
-        yield client
+        try:
+            yield client
+        except httpx.HTTPError as error:
+            raise SetupError(
+                f"the Prefect server did not do what it was asked: {str(error).splitlines()[0]}",
+                where=str(found[0]),
+                fix="its log says why; a server on SQLite may have too much to do: run this again later, or give it Postgres",
+            ) from None
 
 
 def check_named_server() -> None:
@@ -302,6 +312,19 @@ def _major_minor(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+class _Client(httpx.Client):
+    """Asks a busy server again: on SQLite Prefect's says 503 while its database is locked, and has done nothing then."""
+
+    def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        for pause in BUSY_S:
+            answer = super().send(request, **options)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                return answer
+            answer.close()
+            time.sleep(pause)
+        return super().send(request, **options)
+
+
 def _client(address: Address) -> httpx.Client:
     settings = get_current_settings().api
     headers = {}
@@ -315,9 +338,7 @@ def _client(address: Address) -> httpx.Client:
         verify = ssl.create_default_context(cafile=settings.ssl_cert_file)
     loopback = urlsplit(address.url).hostname in ("127.0.0.1", "localhost", "::1")
     try:
-        return httpx.Client(
-            base_url=address.url, headers=headers, verify=verify, timeout=PATIENCE_S, trust_env=not loopback
-        )
+        return _Client(base_url=address.url, headers=headers, verify=verify, timeout=PATIENCE_S, trust_env=not loopback)
     except (httpx.InvalidURL, TypeError) as error:
         raise SetupError(f"this is no address: {error}", where=str(address), fix="correct it") from None
 

@@ -105,6 +105,41 @@ def test_the_password_is_tried(monkeypatch: pytest.MonkeyPatch, answering: Calla
         pass
 
 
+@pytest.mark.parametrize("busy", [2, 99])
+def test_a_busy_server_is_asked_again_and_one_that_stays_busy_is_said(
+    monkeypatch: pytest.MonkeyPatch, busy: int
+) -> None:
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(503 if self.path.endswith("gpu") and asked.count(self.path) <= busy else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(OURS).encode())
+
+        def log_message(self, *_: Any) -> None: ...
+
+    monkeypatch.setattr(doctor, "BUSY_S", (0.0, 0.0, 0.0))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever).start()
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{server.server_port}/api")
+    try:
+        if busy == 2:
+            with doctor.server() as api:
+                assert doctor.read(api, "/gpu") == OURS
+            assert asked[1:] == ["/api/gpu"] * 3
+        else:
+            with pytest.raises(SetupError, match="503 Service Unavailable") as caught, doctor.server() as api:
+                doctor.read(api, "/gpu")
+            assert asked[1:] == ["/api/gpu"] * 4
+            assert "PREFECT_API_URL" in caught.value.where
+            assert "Postgres" in caught.value.fix
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_a_later_server_of_the_same_major_version_is_taken(
     monkeypatch: pytest.MonkeyPatch, answering: Callable[[int, str], str]
 ) -> None:
