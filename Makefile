@@ -57,15 +57,14 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not vllm and not ops"
 
-# The files that have tests with a marker: to import all the others takes a minute.
+# The files that have tests with a marker: to import all the others takes a minute. TESTS=tests/faults: only those.
 marked = $(shell grep --recursive --files-with-matches --include="*.py" "mark\.$(1)" tests | sort)
 
 # Real servers, DVC from a fresh clone, learning and collapse over several seeds.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not vllm" $(call marked,slow)
+	$(BIN)/python -m pytest -m "slow and not vllm" $(or $(TESTS),$(call marked,slow))
 
 # What a night can bring: every fault at every point, servers on Postgres that come and go, many clients at once.
-# TESTS=tests/faults: only those.
 test-ops: $(READY)
 	$(BIN)/python -m pytest -m ops $(or $(TESTS),$(call marked,ops))
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from flows.guarded import guard_own_process, no_longer_than
-from flows.pipeline import HOOKS, RETRIES_S, retry_may_help
+from flows.pipeline import HOOKS, STAGE
 from flows.restarts import restarts
 from flows.show import log_of_run
 from papo.commands import compare_policies, further_sources, stay_offline
@@ -27,14 +26,7 @@ def _run_name() -> str:
     return f"evaluate {given['policy']}{against}"
 
 
-@task(
-    name="evaluate",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=len(RETRIES_S),
-    retry_delay_seconds=list(RETRIES_S),
-    retry_condition_fn=retry_may_help,
-)
+@task(name="evaluate", **STAGE)
 def compare(params: Params, workspace: Workspace, options: Namespace, limit_s: float | None) -> dict[str, Any]:
     """The metrics of both; samples that are stored are kept."""
     with no_longer_than(limit_s, "evaluate"):

@@ -41,16 +41,19 @@ def retry_may_help(_task: Any, _run: Any, state: State[Any]) -> bool:
     return isinstance(error, TaskRunTimeoutError) or (isinstance(error, PapoError) and error.retry)
 
 
-@task(
-    task_run_name="{step}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=len(RETRIES_S),
-    retry_delay_seconds=list(RETRIES_S),
-    retry_condition_fn=retry_may_help,
-)
+STAGE: Any = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": len(RETRIES_S),
+    "retry_delay_seconds": list(RETRIES_S),
+    "retry_condition_fn": retry_may_help,
+}
+"""Of a task that runs a stage. What has been done before is known by the manifests, not by Prefect: its cache stays off."""
+
+
+@task(task_run_name="{step}", **STAGE)
 def run_stage(session: Session, step: Step) -> dict[str, Any]:
-    """One step. What has been done before is known by the manifests, not by Prefect: its cache stays off."""
+    """One step."""
     with no_longer_than(_limit_s(session.params, step), str(step)):
         manifest = session.step(step)
     return manifest.model_dump(include={"rows", "seconds", "skipped"})

@@ -51,6 +51,28 @@ TINY: dict[str, Any] = {
     "tracking": {"enabled": False},
 }
 
+# A run of seconds whose policy is too small to do anything.
+TINIEST: dict[str, Any] = {
+    "run": {"rounds": 1},
+    "prepare": {
+        "sums": {
+            "train": {"min_terms": 3, "max_terms": 4, "problems": 8},
+            "eval": {"tiny": {"min_terms": 3, "max_terms": 4, "problems": 4}},
+            "traces": 32,
+        }
+    },
+    "warmstart": {
+        "steps": 2,
+        "batch_size": 8,
+        "microbatch": 8,
+        "model": {"hidden_size": 24, "intermediate_size": 32, "layers": 1, "heads": 3},
+    },
+    "rollout": {"prompts_per_round": 2, "group_size": 2, "max_new_tokens": 8, "prompts_per_shard": 2},
+    "train": {"minibatch_prompts": 2},
+    "evaluate": {"benchmarks": ["tiny"], "samples_per_problem": 2, "max_new_tokens": 8},
+    "tracking": {"enabled": False},
+}
+
 
 class Checkout:
     """A folder with the project in it, and the commands that a person would type there."""

@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from checkout import TINIEST
+from forks import with_tests
 from leaks import leaks
 from sandboxes import sandboxed
 from servers import echoing
@@ -35,20 +37,6 @@ JUDGE, MLFLOW, HUB, PROXY, STORE = (
 )
 PLANTED = (JUDGE, MLFLOW, HUB, PROXY, STORE)
 CANARY = "canary-of-the-params"
-TIER = {"min_terms": 3, "max_terms": 4}
-TINY = {
-    "run": {"rounds": 1},
-    "prepare": {"sums": {"train": {**TIER, "problems": 8}, "eval": {"tiny": {**TIER, "problems": 4}}, "traces": 32}},
-    "warmstart": {
-        "steps": 2,
-        "batch_size": 8,
-        "microbatch": 8,
-        "model": {"hidden_size": 24, "intermediate_size": 32, "layers": 1, "heads": 3},
-    },
-    "rollout": {"prompts_per_round": 2, "group_size": 2, "max_new_tokens": 8, "prompts_per_shard": 2},
-    "train": {"minibatch_prompts": 2},
-    "evaluate": {"benchmarks": ["tiny"], "samples_per_problem": 2, "max_new_tokens": 8},
-}
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -69,7 +57,7 @@ def environment(home: Path) -> dict[str, str]:
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_LOGGING_LEVEL": "DEBUG",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "PYTHONPATH": with_tests()["PYTHONPATH"],
         "HF_HOME": str(home / "hf"),
         "TMPDIR": str(home / "tmp"),
         "OMP_NUM_THREADS": "1",
@@ -109,7 +97,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 process.wait()
 
     with process_of(echoing.__file__, Plan()) as server:
-        values = TINY | {
+        values = TINIEST | {
             "advantage": {"variant": "prm"},
             "score_prm": {
                 "judge": "model",

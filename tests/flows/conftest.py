@@ -5,31 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-TINY = {
-    "run": {"rounds": 1},
-    "prepare": {
-        "sums": {
-            "train": {"min_terms": 3, "max_terms": 4, "problems": 8},
-            "eval": {"tiny": {"min_terms": 3, "max_terms": 4, "problems": 4}},
-            "traces": 32,
-        }
-    },
-    "warmstart": {
-        "steps": 2,
-        "batch_size": 8,
-        "microbatch": 8,
-        "model": {"hidden_size": 24, "intermediate_size": 32, "layers": 1, "heads": 3},
-    },
-    "rollout": {"prompts_per_round": 2, "group_size": 2, "max_new_tokens": 8, "prompts_per_shard": 2},
-    "train": {"minibatch_prompts": 2},
-    "evaluate": {"benchmarks": ["tiny"], "samples_per_problem": 2, "max_new_tokens": 8},
-    "tracking": {"enabled": False},
-}
+from checkout import TINIEST
 
 
 def write_tiny(checkout: Path) -> None:
-    (checkout / "params.yaml").write_text(yaml.safe_dump(TINY))
+    (checkout / "params.yaml").write_text(yaml.safe_dump(TINIEST))
 
 
 @pytest.fixture(scope="module")

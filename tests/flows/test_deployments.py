@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from checkout import TINIEST
 
-from .conftest import TINY
 from .processes import free_port, started, until
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     for name in ("flows", "papo", "infra"):
         shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "prefect.yaml", checkout)
-    (checkout / "params.yaml").write_text(yaml.safe_dump(TINY))
+    (checkout / "params.yaml").write_text(yaml.safe_dump(TINIEST))
     port = free_port()
     logs = tmp_path_factory.mktemp("logs")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | {

@@ -5,6 +5,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -40,27 +42,37 @@ def test_it_shows_the_result_as_papo_run_does(tmp_path: Path) -> None:
     assert states(tmp_path / "home") == [("papo seed0 1 rounds", "COMPLETED")]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_so_and_leaves_nothing_running(
-    tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    write_tiny(tmp_path)
-    command = [sys.executable, "-u", "-m", "flows.pipeline", "--no-dvc", "--set", "warmstart.steps=100000"]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment(tmp_path / "home"),
+@contextmanager
+def training(folder: Path) -> Iterator[list[psutil.Process]]:
+    """A run that trains its warm start for long, and the processes that it has started; none is left."""
+    write_tiny(folder)
+    process = psutil.Popen(
+        [sys.executable, "-u", "-m", "flows.pipeline", "--no-dvc", "--set", "warmstart.steps=100000"],
+        cwd=folder,
+        env=environment(folder / "home"),
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    family = [psutil.Process(process.pid)]
+    family = [process]
     try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "Beginning flow run" in line:
-                break
-        family += family[0].children(recursive=True)
+        assert any("Beginning flow run" in line for line in process.stderr)
+        family += process.children(recursive=True)
+        yield family
+    finally:
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.wait(timeout=10)
+        process.stderr.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_so_and_leaves_nothing_running(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    with training(tmp_path) as family:
+        process = family[0]
         # Ctrl-C reaches the whole group, as in a terminal; SIGTERM, as by a supervisor, only the process.
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         said = process.stderr.read()
@@ -69,40 +81,13 @@ def test_an_interrupted_run_says_so_and_leaves_nothing_running(
         _, left = psutil.wait_procs(family, timeout=10)
         assert left == []
         assert states(tmp_path / "home") == [("papo seed0 1 rounds", "CRASHED")]
-    finally:
-        for member in family:
-            if member.is_running():
-                member.kill()
-        process.wait(timeout=10)
-        if process.stderr is not None:
-            process.stderr.close()
 
 
 def test_a_run_that_is_killed_leaves_nothing_running(tmp_path: Path) -> None:
     """Not even Prefect's server, which is nobody's child then."""
-    write_tiny(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "flows.pipeline", "--no-dvc", "--set", "warmstart.steps=100000"],
-        cwd=tmp_path,
-        env=environment(tmp_path / "home"),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    family = [psutil.Process(process.pid)]
-    try:
-        assert process.stderr is not None
-        assert any("Beginning flow run" in line for line in process.stderr)
-        family += family[0].children(recursive=True)
+    with training(tmp_path) as family:
         assert any("uvicorn" in " ".join(member.cmdline()) for member in family)
-        process.kill()
+        family[0].kill()
         _, left = psutil.wait_procs(family, timeout=60)
         assert left == []
         assert states(tmp_path / "home") == [("papo seed0 1 rounds", "RUNNING")]  # there was nobody to say so
-    finally:
-        for member in family:
-            if member.is_running():
-                member.kill()
-        process.wait(timeout=10)
-        if process.stderr is not None:
-            process.stderr.close()

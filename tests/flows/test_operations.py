@@ -19,8 +19,8 @@ import httpx
 import psutil
 import pytest
 import yaml
+from checkout import TINIEST
 
-from .conftest import TINY
 from .processes import free_port, started, until, webhook
 
 # Starting ten processes takes minutes on a busy machine.
@@ -179,7 +179,7 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Night]:
     with (checkout / "flows/__init__.py").open("a") as package:
         package.write("\nimport holding\n")
     tracking = {"enabled": True, "uri": f"sqlite:///{checkout}/mlflow.db"}
-    (checkout / "params.yaml").write_text(yaml.safe_dump(TINY | {"tracking": tracking}))
+    (checkout / "params.yaml").write_text(yaml.safe_dump(TINIEST | {"tracking": tracking}))
     port = free_port()
     with webhook() as (hook, messages), ExitStack() as services:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
