@@ -13,7 +13,7 @@ from prefect.states import Completed
 
 from flows.guarded import guard_own_process
 from flows.pipeline import HOOKS, train_eval
-from flows.restarts import restarts
+from flows.restarts import look_after_others, restarts
 from papo.console import accuracy_rows
 from papo.errors import StageError
 from papo.params import Variant
@@ -47,6 +47,7 @@ def nightly_ablations(
     """
     guard_own_process()
     restarts()
+    look_after_others()
     rows: list[Row] = []
     for variant in variants:
         for seed in seeds:

@@ -12,7 +12,7 @@ from prefect.runtime import flow_run
 
 from flows.guarded import guard_own_process, no_longer_than
 from flows.pipeline import HOOKS, STAGE
-from flows.restarts import restarts
+from flows.restarts import look_after_others, restarts
 from flows.show import log_of_run
 from papo.commands import compare_policies, further_sources, stay_offline
 from papo.console import comparison_rows
@@ -56,6 +56,7 @@ def evaluate(
     """
     wait_s = guard_own_process()
     restarts()
+    look_after_others()
     params = load_params(preset=preset, overrides=overrides)
     options = Namespace(policy=policy, against=against, benchmark=list(benchmarks), k=samples, wait=wait_s)
     stay_offline(params, further_sources(params, options))

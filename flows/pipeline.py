@@ -19,7 +19,7 @@ from flows import notify
 from flows.guarded import guard_own_process, no_longer_than
 from flows.local import main
 from flows.pause import ask_on_page, ended
-from flows.restarts import restarts
+from flows.restarts import look_after_others, restarts
 from flows.show import log_of_run, show_progress, show_result
 from flows.spread import open_spread
 from papo.commands import open_session, stay_offline
@@ -118,6 +118,7 @@ def train_eval(
     """
     wait_s = guard_own_process()
     again = restarts()
+    look_after_others()
     params = _params(preset, variant, seed, rounds, overrides)
     check_paths(params, Path(workspace), overrides=overrides)
     stay_offline(params)

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from flows.doctor import AUTOMATIONS, DEPLOYMENTS, POOL, QUEUE, automations, check_pool, examine, read, server
-from flows.restarts import RESTARTING
+from flows.restarts import RESTARTING, restart_forgotten
 from papo.errors import PapoError, SetupError
 
 DEAD_AFTER_S = 180
@@ -66,6 +66,7 @@ def _set_up(options: argparse.Namespace) -> int:
             (f"queue {QUEUE}", _make_queue(api, options.gpus)),
             *((name, what) for name, what in _make_automations(api, options.dead_after)),
             ("deployments", _deploy(api)),
+            ("runs that crashed and were forgotten", ", ".join(restart_forgotten()) or "none"),
         ):
             sys.stdout.write(f"{name}: {what}\n")
     sys.stdout.write(f"now start a worker, here: prefect worker start --pool {POOL}\n")

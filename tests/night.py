@@ -25,6 +25,9 @@ from servers.postgres import Postgres, postgres
 from servers.processes import Server, clean_environment
 from servers.services import mlflow_server, prefect_server
 
+from flows.restarts import FORGOTTEN_S
+from flows.setup import RESTART_AFTER_S
+
 PARAMS: dict[str, Any] = {
     "run": {"rounds": 2},
     "prepare": {
@@ -43,6 +46,8 @@ COLLAPSING = ("train.learning_rate=0.01", "run.rounds=6", "alarms.patience=1", "
 COLLAPSED = "runs/night-4"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED"}
 """A run that crashed is started again."""
+GUARDED_S = 10.0
+"""From a run's state Running to its guard; of what dies before, only the heartbeat tells."""
 NIGHT_S = 1500.0
 
 
@@ -106,7 +111,9 @@ def night(folder: Path) -> Iterator[Night]:
             happened.note(what)
         prefect.start()
         happened.note("Prefect's server is there again")
-        _wait(api, ids, happened, lambda ended, running: ended == len(ids))
+        # As the script that starts a server does it: what crashed while the server was away and came back, it may have forgotten.
+        while not _ended(api, ids, happened, seconds=FORGOTTEN_S + RESTART_AFTER_S):
+            _prefect_command(checkout, environment, [sys.executable, "-m", "flows.setup", "--gpus", "2"])
         happened.note("every run has ended")
         happened.runs = _runs(api, ids)
         yield happened
@@ -144,8 +151,9 @@ def _worker(folder: Path, name: str, environment: Mapping[str, str]) -> Server:
 
 
 def _kill(worker: Server) -> None:
-    """Only its own process: what it had started is for the guard of the run to end."""
+    """Only its own process: what it had started is for the guard of the run to end, once it is there."""
     assert worker.process is not None
+    time.sleep(GUARDED_S)
     worker.process.kill()
 
 
@@ -165,17 +173,37 @@ def _runs(api: httpx.Client, ids: list[str]) -> list[dict[str, Any]]:
     return found
 
 
+def _states(api: httpx.Client, ids: list[str]) -> list[str]:
+    """Empty while the server is away."""
+    try:
+        return [run["state_type"] for run in _runs(api, ids)]
+    except (httpx.TransportError, httpx.HTTPStatusError):
+        return []
+
+
 def _wait(api: httpx.Client, ids: list[str], night: Night, due: Callable[[int, int], bool]) -> None:
     """Until it is due by the number of runs that have ended and that are running."""
     while True:
-        try:
-            states = [run["state_type"] for run in _runs(api, ids)]
-        except (httpx.TransportError, httpx.HTTPStatusError):
-            states = []
+        states = _states(api, ids)
         if states and "CRASHED" not in states and due(sum(state in ENDED for state in states), states.count("RUNNING")):
             return
         assert time.monotonic() - night.began < NIGHT_S, f"{night.course}, then {states}"
         time.sleep(1.0)
+
+
+def _ended(api: httpx.Client, ids: list[str], night: Night, *, seconds: float) -> bool:
+    """Waits until every run has ended, or until there is none but such and crashed ones for that long."""
+    still = time.monotonic()
+    while time.monotonic() < still + seconds:
+        states = _states(api, ids)
+        if set(states) <= ENDED and states:
+            return True
+        if not set(states) <= ENDED | {"CRASHED"}:
+            still = time.monotonic()
+        assert time.monotonic() - night.began < NIGHT_S, f"{night.course}, then {states}"
+        time.sleep(1.0)
+    night.note("only a crashed run is left, which the server forgot")
+    return False
 
 
 def table(night: Night) -> str:

@@ -28,8 +28,8 @@ pytestmark = [pytest.mark.ops, pytest.mark.timeout(2400)]
 
 REPOSITORY = Path(__file__).parents[2]
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
-DEAD_AFTER_S = 80
-"""A process that hangs in native code sends no heartbeat; it is the guard that has to end it before."""
+DEAD_AFTER_S = 110
+"""A process that hangs in native code sends no heartbeat, and has sent the last one up to 30 s before; the guard ends it after 60 s."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
@@ -204,8 +204,9 @@ def test_setting_up_says_what_it_did_and_a_second_time_changes_nothing(night: Ni
     assert "work pool papo: made, of the type process" in first
     assert "queue gpu: made, with a limit of 1" in first
     assert first.count("made\n") == 3  # the automations
-    *lines, _ = second.splitlines()
+    *lines, forgotten, _ = second.splitlines()
     assert len(lines) == 6
+    assert forgotten == "runs that crashed and were forgotten: none"
     assert all("there already" in line for line in lines), second
     assert {item["name"] for item in night.api.post("/deployments/filter", json={}).json()} == {
         "train-eval",
@@ -217,6 +218,18 @@ def test_setting_up_says_what_it_did_and_a_second_time_changes_nothing(night: Ni
     (wrong,) = (line for line in looked.stdout.splitlines() if line.startswith("WRONG"))
     assert "no worker takes runs of the pool 'papo'" in wrong
     assert "prefect worker start --pool papo" in looked.stdout
+
+
+def test_a_crash_that_the_server_forgot_is_found_by_whoever_asks_next(night: Night) -> None:
+    forgotten = night.submit("forgotten")
+    night.set_state(forgotten, type="CRASHED")
+    asked = (
+        "from flows.restarts import restart_forgotten as again; print(len(again()), len(again(0.0)), len(again(0.0)))"
+    )
+    done = night.python("-c", asked)
+    assert done.stdout.split() == ["0", "1", "0"], done.stderr
+    assert night.run(forgotten)["state_name"] == "Restarting"
+    night.set_state(forgotten, type="CANCELLED")
 
 
 def test_runs_that_are_killed_cancelled_or_hang_end_as_they_should_and_go_on_where_they_stopped(night: Night) -> None:
