@@ -1,92 +1,133 @@
-"""Variants x seeds, each a run of `train_eval` in a workspace of its own; the result is one table."""
+"""An ablation as a flow: the runs of a plan within the budget of a night, each a task; the next night goes on where it stopped."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event
 
-from prefect import flow
-from prefect.artifacts import create_table_artifact
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.guarded import guard_own_process
-from flows.pipeline import HOOKS, train_eval
+from flows.pipeline import HOOKS
 from flows.restarts import look_after_others, restarts
-from papo.console import accuracy_rows
+from papo.ablations.command import Ablation, description, finish, note_night, open_ablation, tags_of
+from papo.ablations.plan import Run
+from papo.ablations.results import Results
+from papo.ablations.work import LOOK_S, Budget, Outcome, Processes, cores, look, work
+from papo.console import configure_logging, log
 from papo.errors import StageError
-from papo.params import Variant
-from papo.session import Summary
+from papo.store.layout import Workspace
+from papo.store.lock import exclusive
 
 Row = dict[str, str]
 
+MOST_JOBS = 64
+
 
 def _run_name() -> str:
-    return f"ablations {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    return f"{flow_run.get_parameters().get('plan', 'ablation')} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
 
 
-@flow(name="papo", flow_run_name=_run_name, persist_result=False, **HOOKS)
+@task(task_run_name="{run.name}", cache_policy=NO_CACHE, persist_result=False)
+def run_arm(processes: Processes, ablation: Ablation, run: Run) -> str:
+    """One run in a process of its own; how it ended.
+
+    Raises:
+        StageError: it failed, and what it said.
+    """
+    ended = processes.begin(run)
+    while not ended():
+        time.sleep(LOOK_S)
+    found = look(run, ablation.place)
+    if found.state != "done":
+        where = str(ablation.place.workspace(run).root)
+        raise StageError(f"{run.name} {found.state}: {found.why}", where=where, fix="see its log, ablation.log")
+    return f"{found.seconds:.0f} s of work"
+
+
+@flow(
+    name="papo",
+    flow_run_name=_run_name,
+    persist_result=False,
+    task_runner=ThreadPoolTaskRunner(max_workers=MOST_JOBS),  # type: ignore[arg-type]  # Prefect's own runner is none by its types
+    **HOOKS,
+)
 def nightly_ablations(
-    variants: tuple[Variant, ...] = ("orm", "papo"),
-    seeds: tuple[int, ...] = (0, 1),
-    rounds: int | None = None,
-    preset: str | None = None,
+    plan: str = "claims",
+    minutes: float | None = 480.0,
+    money: float | None = None,
+    jobs: int | None = None,
+    seeds: int | None = None,
     overrides: tuple[str, ...] = (),
-    root: str = "runs/nightly",
+    root: str | None = None,
 ) -> State[list[Row]]:
-    """Compares variants of the advantage over seeds, one run after the other; a run that fails is a row of the table.
+    """Does the runs of a plan that are not done yet, and says what those that are done show; a run that fails is a row.
 
     Args:
-        variants: Values of advantage.variant.
-        seeds: Values of run.seed.
-        rounds: run.rounds.
-        preset: A YAML file, or the name of one under infra/presets, laid over params.yaml.
-        overrides: Further params, each as key=value.
-        root: Folder of the runs' workspaces.
+        plan: A YAML file, or the name of one under infra/ablations.
+        minutes: No run is begun that should not end by then.
+        money: Likewise of what judges are paid, in the currency of score_prm.prices.
+        jobs: Runs at a time; null: one a core.
+        seeds: Values of run.seed, from 0; null: as the plan says.
+        overrides: Further params of every run, each as key=value.
+        root: Folder of the runs' workspaces; null: runs/ablations/<plan>.
     """
-    guard_own_process()
+    wait_s = guard_own_process()
     restarts()
     look_after_others()
-    rows: list[Row] = []
-    for variant in variants:
-        for seed in seeds:
-            state = train_eval(
-                preset=preset,
-                variant=variant,
-                seed=seed,
-                rounds=rounds,
-                overrides=overrides,
-                workspace=str(Path(root) / f"{variant}-seed{seed}"),
-                dvc=False,
-                tags={"papo.ablation": str(flow_run.get_name())},
-                return_state=True,
+    configure_logging()
+    ablation = open_ablation(plan, seeds=seeds, overrides=overrides, root=Path(root) if root is not None else None)
+    budget = Budget(minutes, money)
+    began = datetime.now(UTC)
+    with ExitStack() as opened:
+        opened.enter_context(exclusive(Workspace(ablation.place.root), wait_s=wait_s))
+        processes = Processes(ablation.place, preset=ablation.plan.preset, options=tags_of(ablation), say=log.info)
+        opened.enter_context(processes)
+
+        def begin(run: Run) -> Callable[[], bool]:
+            ended = Event()
+            run_arm.submit(processes, ablation, run).add_done_callback(lambda _: ended.set())
+            return ended.is_set
+
+        try:
+            outcome = work(
+                ablation.runs,
+                ablation.place,
+                jobs=min(jobs or cores(), MOST_JOBS),
+                budget=budget,
+                begin=begin,
+                say=log.info,
             )
-            rows.append({"variant": variant, "seed": str(seed), "state": state.name or "", **_outcome(state)})
-    rows = _aligned(rows)
-    create_table_artifact(rows, key="papo-ablations", description="accuracy of the final policies")
-    failed = sum(row["error"] != "" for row in rows)
-    if failed == len(rows):
-        raise StageError(
-            f"all {failed} runs failed, the first with: {rows[0]['error']}", fix="see the pages of the runs"
-        )
-    return Completed(message=f"{len(rows)} runs, {failed} failed", data=rows)
+        finally:
+            note_night(ablation.place, began, budget.seconds)
+        results = finish(ablation)
+    rows = [_row(results, at) for at in range(len(results.found))]
+    create_table_artifact(rows, key="papo-ablations", description=results.verdict)
+    create_markdown_artifact(description(ablation, results), key="papo-ablation")
+    return Completed(message=_message(results, outcome), data=rows)
 
 
-def _outcome(state: State[Summary]) -> Row:
-    result = state.result(raise_on_failure=False)
-    if not isinstance(result, Summary):
-        return {"error": str(result)}
-    return {"error": ""} | {
-        f"{row['benchmark']}, {name}": value
-        for row in accuracy_rows(result)
-        if row["tier"] == "all"
-        for name, value in row.items()
-        if name.startswith("final")
-    }
+def _message(results: Results, outcome: Outcome) -> str:
+    text = f"{results.done} of {len(results.found)} runs done, {len(results.failed)} failed"
+    return f"{text}; {outcome.stopped}" if outcome.stopped else text
 
 
-def _aligned(rows: list[Row]) -> list[Row]:
-    """The same columns in every row, the error last."""
-    columns = sorted(dict.fromkeys(name for row in rows for name in row), key="error".__eq__)
-    return [{name: row.get(name, "") for name in columns} for row in rows]
+def _row(results: Results, at: int) -> Row:
+    one = results.found[at]
+    row = {"run": one.run.name, "state": one.state, "seconds": f"{one.seconds:.0f}"}
+    for arm in one.run.arms[:1]:
+        for level in results.levels:
+            if level.arm == arm.name and level.measure.startswith("accuracy/"):
+                value = level.by_seed.get(one.run.seed)
+                row[level.measure] = f"{100 * value:.1f}" if value is not None else ""
+    return row | {"error": one.why}

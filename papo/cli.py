@@ -100,7 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     accept = "accept the alarm that stopped this run, and go on"
     run.add_argument("--go-on", action="store_true", help=accept)
     run.add_argument("--name", help="name of the run in MLflow")
+    run.add_argument(
+        "--tag", action="append", default=[], metavar="KEY=VALUE", help="of the run in MLflow; may be repeated"
+    )
     _common(run)
+    _ablate(commands)
     _common(commands.add_parser("params", help="print every param with its value in force", allow_abbrev=False))
     rates = "the training problems with the pass rate of a reference policy, for prepare.tiers"
     measure = commands.add_parser("pass-rates", help=rates, description=rates, allow_abbrev=False)
@@ -198,6 +202,31 @@ def _lineage(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         parser.add_argument(
             "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="such as tracking.uri=..."
         )
+
+
+def _ablate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    what = "the runs of a plan that are not done, two or more at a time, then claims and comparisons with intervals; docs/ablations.md"
+    ablate = commands.add_parser(
+        "ablate", help="a plan of runs, and what it shows", description=what, allow_abbrev=False
+    )
+    ablate.add_argument("plan", metavar="PLAN", help="a YAML file, or the name of one under infra/ablations")
+    ablate.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a core)")
+    ablate.add_argument(
+        "--minutes", type=float, metavar="M", help="begin no run that should not end by then; the next start goes on"
+    )
+    ablate.add_argument("--money", type=float, metavar="X", help="likewise of what judges are paid")
+    ablate.add_argument(
+        "--seeds", type=int, metavar="N", help="values of run.seed, 0 to N-1 (default: as the plan says)"
+    )
+    ablate.add_argument(
+        "--root", type=Path, metavar="DIR", help="folder of the workspaces (default: runs/ablations/<plan>)"
+    )
+    ablate.add_argument(
+        "--results", action="store_true", help="begin nothing, and write what the runs that are done show"
+    )
+    ablate.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="one param of every run"
+    )
 
 
 def _port(text: str) -> int:

@@ -35,7 +35,7 @@ from papo.decisions import read_decisions
 from papo.dvcfile import DVC_FILE, render
 from papo.engines.judges import store_of
 from papo.engines.serving import serve_policy
-from papo.engines.tracking import make_tracker, resolved
+from papo.engines.tracking import ABLATION, make_tracker, resolved
 from papo.engines.versioning import Dvc
 from papo.errors import UserError
 from papo.inspection import check_variant, explain_problem, rederive, signals_and_alarms
@@ -60,6 +60,10 @@ def dispatch(options: argparse.Namespace) -> int:
         return write_dvc(check=options.check)
     if options.command in show.COMMANDS:
         return show.dispatch(options)
+    if options.command == "ablate":
+        from papo.ablations import command
+
+        return command.ablate(options)
     params = load_params(preset=options.preset, overrides=overrides(options))
     check_paths(params, options.workspace, overrides=options.overrides)
     stay_offline(params, further_sources(params, options))
@@ -99,7 +103,10 @@ def dispatch(options: argparse.Namespace) -> int:
         return 0
     if options.command == "run":
         dvc, go_on = not options.no_dvc, options.go_on
-        show_summary(run_all(params, workspace, name=options.name, dvc=dvc, wait_s=options.wait, go_on=go_on))
+        tags = tags_of(options.tag)
+        show_summary(
+            run_all(params, workspace, name=options.name, dvc=dvc, wait_s=options.wait, go_on=go_on, tags=tags)
+        )
         return 0
     step = Step(options.command.replace("-", "_"), options.round)
     if step.stage in ("score_orm", "score_prm"):
@@ -130,14 +137,36 @@ def overrides(options: argparse.Namespace) -> list[str]:
 
 
 def run_all(
-    params: Params, workspace: Workspace, *, name: str | None, dvc: bool, wait_s: float = 0.0, go_on: bool = False
-) -> Summary:
+    params: Params, workspace: Workspace, *, name: str | None, dvc: bool, wait_s: float = 0.0, go_on: bool = False,
+    tags: Mapping[str, str] | None = None,
+) -> Summary:  # fmt: skip
     """The whole pipeline in this process."""
-    session = open_session(params, workspace, name=name, dvc=dvc, wait_s=wait_s, ask=ask_in_terminal, go_on=go_on)
+    session = open_session(
+        params, workspace, name=name, dvc=dvc, wait_s=wait_s, tags=tags, ask=ask_in_terminal, go_on=go_on
+    )
     with session:
         for step in steps(params):
             session.run(step)
         return session.finish()
+
+
+def tags_of(given: Sequence[str]) -> dict[str, str]:
+    """Key -> value of `--tag`.
+
+    Raises:
+        UserError: one is not of the form KEY=VALUE, or has a key that papo or MLflow sets.
+    """
+    tags = {}
+    for text in given:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--tag {text}", where="papo run", fix="write KEY=VALUE, such as --tag lab=west")
+        if key.startswith("mlflow.") or (key.startswith("papo.") and key != ABLATION):
+            raise UserError(
+                f"--tag {key}", where="papo run", fix="choose another key: those are set by MLflow and papo"
+            )
+        tags[key] = value
+    return tags
 
 
 def open_session(

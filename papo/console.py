@@ -52,6 +52,10 @@ WORDS = (
     "model",
     "rubric",
     "run",
+    "claim",
+    "arm",
+    "against",
+    "verdict",
 )
 MEANING = {
     "agreement": "score and label are of one level",
@@ -304,6 +308,17 @@ def show_summary(summary: Summary) -> None:
     if summary.link:
         out.print(f"MLflow   {summary.link}", soft_wrap=True)
     out.print(f"DVC      {summary.dvc}", soft_wrap=True)
+
+
+def show_tables(tables: Sequence[tuple[str, list[dict[str, str]]]], lines: Sequence[str]) -> None:
+    """Tables with their titles on standard output, those with rows, and lines below them."""
+    out = _output()
+    for title, rows in tables:
+        if rows:
+            out.print(title, style="bold", highlight=False)
+            out.print(_table(rows))
+    for line in lines:
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def show_costs(lines: Sequence[Line]) -> None:

@@ -23,11 +23,12 @@ from papo.core.explain import Group, Settings, Why, explain
 from papo.core.groups import BoolArray, FloatArray, IndexArray
 from papo.core.overlong import overlong_penalties
 from papo.core.peers import trl_gdpo, verl_gdpo
+from papo.core.process_reward import Rule, process_rewards
 from papo.engines.tokenizer import TokenizerAligner
 from papo.errors import DataError, MissingInputError, ParamsError, UserError
 from papo.params import AdvantageParams, AlarmsParams, Variant
 from papo.schemas import ADVANTAGES, ORM, PRM, ROLLOUTS
-from papo.stages.advantage import by_tokens, completion_lengths, penalties_of
+from papo.stages.advantage import by_tokens, completion_lengths, penalties_of, rule_of
 from papo.stages.rows import check_same_rows, of_problems
 from papo.store.layout import Workspace, manifest_path
 from papo.store.manifest import Manifest
@@ -36,7 +37,7 @@ from papo.store.tables import codes, numbers, read_table, values
 STORED = 1e-6
 """Relative distance below which advantages stored as float32 are one value."""
 
-ALIKE = ("lam", "scale", "eps", "guard", "overlong")
+ALIKE = ("lam", "scale", "eps", "guard", "overlong", "reward")
 """Settings that variants are compared under."""
 
 # What `explain` shows beside the stored advantage.
@@ -205,11 +206,12 @@ def read_round(workspace: Workspace, number: int) -> ScoredRound:
 
 
 def _settings(params: Mapping[str, Any]) -> Settings:
-    """Those of a section `advantage`; one that was stored before there was `overlong` has none."""
+    """Those of a section `advantage`; one that was stored before there was `overlong`, or a rule for rewards, has none."""
     overlong = params.get("overlong")
     return Settings(
-        **{name: params[name] for name in Settings._fields if name != "overlong"},
+        **{name: params[name] for name in Settings._fields if name not in ("overlong", "reward")},
         overlong=(overlong["buffer"], overlong["factor"]) if overlong is not None else None,
+        reward=rule_of(**{name: params.get(name, default) for name, default in Rule()._asdict().items()}),
     )
 
 
@@ -279,7 +281,7 @@ def _total(params: AdvantageParams, workspace: Workspace, scored: ScoredRound, v
             limits = numbers(_rollouts(workspace, scored, "max_new_tokens"), "max_new_tokens")
             penalties = penalties_of(params, _lengths(workspace, scored), limits)
         return compute_advantages(
-            scored.outcomes, scored.processes, scored.groups,
+            scored.outcomes, _rewards(workspace, scored, _settings(params.model_dump()).reward, variant), scored.groups,
             variant=variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=_guard(params, variant),
             penalties=penalties,
         ).total  # fmt: skip
@@ -287,6 +289,18 @@ def _total(params: AdvantageParams, workspace: Workspace, scored: ScoredRound, v
     orm, prm = scored.orm.to_pylist(), scored.prm.to_pylist()
     aligner = TokenizerAligner(workspace.warmstart / "tokenizer.json")
     return by_tokens(params, rollouts, orm, prm, workspace.table(scored.number, "prm"), aligner).total
+
+
+def _rewards(workspace: Workspace, scored: ScoredRound, rule: Rule | None, variant: str) -> FloatArray:
+    """(N,) process rewards of a round; those of `orm` and `capo`, which have none, are the scores."""
+    if rule is None or variant in ("orm", "capo"):
+        return scored.processes
+    needed = process_needed(variant, scored.outcomes, scored.groups)
+    limits = numbers(_rollouts(workspace, scored, "max_new_tokens"), "max_new_tokens")
+    lengths = _lengths(workspace, scored)
+    return process_rewards(
+        scored.processes, scored.outcomes, scored.groups, lengths, limits, needed=needed, **rule._asdict()
+    )
 
 
 def _rederived(
@@ -323,9 +337,7 @@ def _described(stored: Settings, params: AdvantageParams) -> str:
 
 def _notes(params: AdvantageParams, variants: Sequence[str], asked: str, missing: int, not_asked: int) -> list[str]:
     used = _settings(params.model_dump())
-    notes = [
-        f"computed with {used.words(*(name for name in ALIKE if name != 'overlong' or params.overlong is not None))}"
-    ]
+    notes = [f"computed with {used.words(*(name for name in ALIKE if getattr(used, name) is not None))}"]
     unguarded = [name for name in variants if _guard(params, name) != params.guard]
     if unguarded:
         notes.append(f"{' and '.join(unguarded)}: without the guard, as there is no outcome advantage to rank by")
@@ -357,7 +369,8 @@ def explain_problem(workspace: Workspace, prefix: str, *, round_: int | None = N
     scored = read_round(workspace, number)
     rollouts = _rollouts(workspace, scored, "prompt", "completion", "max_new_tokens")
     tokens = _lengths(workspace, scored)
-    penalties = _penalties(scored.settings, tokens, numbers(rollouts, "max_new_tokens"))
+    settings = scored.settings
+    penalties = _penalties(settings, tokens, numbers(rollouts, "max_new_tokens"))
     rows = np.flatnonzero(scored.groups == scored.names.index(problem)).tolist()
     texts, judged = rollouts.take(rows).to_pylist(), scored.prm.take(rows[:1]).to_pylist()
     return Explained(
@@ -370,7 +383,9 @@ def explain_problem(workspace: Workspace, prefix: str, *, round_: int | None = N
         settings=scored.settings,
         token_level=any(scored.advantages["token_advantages"].take(rows).to_pylist()),
         responses=_responses(scored, texts, tokens, rows, penalties),
-        why=explain(_group(scored, rows, penalties), scored.settings),
+        why=explain(
+            _group(scored, _rewards(workspace, scored, settings.reward, settings.variant), rows, penalties), settings
+        ),
     )
 
 
@@ -432,10 +447,10 @@ def _peers(scored: ScoredRound, lengths: npt.NDArray[np.int64], penalties: Float
     }
 
 
-def _group(scored: ScoredRound, rows: list[int], penalties: FloatArray) -> Group:
+def _group(scored: ScoredRound, rewards: FloatArray, rows: list[int], penalties: FloatArray) -> Group:
     return Group(
         orm=scored.outcomes[rows],
-        prm=scored.processes[rows],
+        prm=rewards[rows],
         outcome=scored.advantage("outcome_advantage")[rows],
         process=scored.advantage("process_advantage")[rows],
         total=scored.advantage("advantage")[rows],

@@ -557,6 +557,13 @@ class Price(_Section):
     completion: float = Field(ge=0.0)
 
 
+class NoiseParams(_Section):
+    """Errors that a judge of the test bench is given, to learn how many of them training bears."""
+
+    flipped: Share = Field(0.0, description="Share of verdicts that are turned around.")
+    missing: Share = Field(0.0, description="Share of verdicts that are lost, as of calls that fail.")
+
+
 class ScorePrmParams(_Section):
     """Process: how good is the reasoning? From `model` to `budget` the keys are for judge `model`."""
 
@@ -569,6 +576,7 @@ class ScorePrmParams(_Section):
     prices: dict[str, Price] = Field(default_factory=dict, description="By model.")
     budget: float | None = Field(None, gt=0.0, description="What a run may spend on its judge; null: no limit.")
     max_failed_share: Share = 0.2
+    noise: NoiseParams | None = Field(None, description="Errors added to a judge that is no model; null: none.")
     max_length_bias: Share = Field(
         0.3,
         description="Correlation of score and length among equally good responses, as `papo calibrate-judge` measures it, above which a "
@@ -579,6 +587,8 @@ class ScorePrmParams(_Section):
     def _askable(self) -> ScorePrmParams:
         if self.judge != "model":
             return self
+        if self.noise is not None:
+            raise ValueError("noise is for the judges of the test bench, which cost nothing: set noise to null")
         if self.model is None:
             raise ValueError("judge model needs to know which: set model, such as {model: gpt-oss-20b, base_url: ...}")
         if self.votes > 1 and self.model.temperature == 0.0:
@@ -596,7 +606,7 @@ class ScorePrmParams(_Section):
     def deciding(self) -> dict[str, Any]:
         """Those that decide what a response is worth; the others say how it is found out, how fast, and what it may cost."""
         if self.judge != "model":
-            return self.model_dump(mode="json", include={"judge", "max_failed_share"})
+            return self.model_dump(mode="json", include={"judge", "max_failed_share", "noise"})
         asked = {"model", "temperature", "max_tokens"}
         kept = {"judge", "rubric", "votes", "vote", "max_failed_share"}
         return self.model_dump(mode="json", include={**dict.fromkeys(kept, True), "model": asked})
@@ -627,6 +637,28 @@ class AdvantageParams(_Section):
     overlong: OverlongParams | None = Field(
         None, description="Penalty for length; in prm and mult on their one reward. null: none."
     )
+    missing: Literal["missing", "zero"] = Field(
+        "missing",
+        description="What a process score counts as that could not be had; zero only to measure what that costs.",
+    )
+    length_neutral: bool = Field(
+        False, description="Take out of the process scores what follows length among correct responses."
+    )
+    length_cost: float = Field(
+        0.0,
+        ge=0.0,
+        le=100.0,
+        description="What a correct response of rollout.max_new_tokens pays of its process score; a shorter one in proportion.",
+    )
+
+    @model_validator(mode="after")
+    def _process_reward(self) -> AdvantageParams:
+        changed = self.missing != "missing" or self.length_neutral or self.length_cost > 0.0
+        if changed and self.variant in ("orm", "capo"):
+            raise ValueError(
+                f"missing, length_neutral and length_cost are about process scores, which {self.variant} has none of"
+            )
+        return self
 
     @model_validator(mode="after")
     def _capo(self) -> AdvantageParams:
@@ -807,6 +839,7 @@ class ReportParams(_Section):
     """The static page."""
 
     title: str = "PAPO"
+    gallery: int = Field(5, ge=0, le=50, description="Problems of the last round whose responses are shown in full.")
 
 
 class AlarmsParams(_Section):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from papo.calibration import calibrations
 from papo.decisions import read_decisions, read_last_good
 from papo.engines.protocols import Judge, Sampler, Verifier
+from papo.engines.reporting import TABLES
 from papo.errors import MissingInputError, ParamsError
 from papo.params import UNDECIDING, Params, defined_benchmarks, to_json, with_values
 from papo.schemas import EVALUATION, PROBLEMS
@@ -560,6 +561,7 @@ def _report(params: Params, workspace: Workspace, context: Context, round_: None
         calibrations=calibrations(params.score_prm, workspace),
         accepted=read_decisions(workspace, lineage(params)).words,
         lineage=lineage(params),
+        tables={name: workspace.table(params.run.rounds - 1, name) for name in TABLES},
     )
     return report.run(params.report, _there(inputs, workspace), workspace.report, context=context)
 

@@ -461,10 +461,15 @@ def test_a_data_set_that_is_a_program_is_refused(tmp_path: Path, monkeypatch: py
 def test_the_page_shows_texts_as_texts() -> None:
     from papo.engines.reporting import page
 
-    source = Path(page.__file__).with_name("page.html.j2").read_text()
-    assert re.findall(r"\{\{[^}]*\|\s*safe", source) == ["{{ svg | safe"]  # drawn by papo, of numbers
+    sources = [path.read_text() for path in Path(page.__file__).parent.glob("*.j2")]
+    assert len(sources) >= 3
+    found = [text for source in sources for text in re.findall(r"\{\{[^}]*\|\s*safe", source)]
+    assert set(found) == {"{{ svg | safe"}  # drawn by papo, of numbers
+    assert not any("autoescape" in source for source in sources)
     assert "autoescape=True" in Path(page.__file__).read_text()
-    assert "default-src 'none'" in source  # and if a text were markup, no browser would run it
+    assert all(
+        "default-src 'none'" in source for source in sources if "<html" in source
+    )  # were a text markup, no browser would run it
 
 
 EVIL = "[/] [red] \x1b[2J | <script>alert(1)</script>\n| new row |"

@@ -17,10 +17,14 @@ from papo.core.advantages import (
     lam_max,
 )
 from papo.core.groups import BoolArray, FloatArray
+from papo.core.process_reward import Rule
 
 
 class Settings(NamedTuple):
-    """How the advantages were computed; as in `compute_advantages`, or variant `capo`. `overlong`: buffer and factor."""
+    """How the advantages were computed; as in `compute_advantages`, or variant `capo`. `overlong`: buffer and factor.
+
+    `reward`: where the process rewards are not the judge's scores.
+    """
 
     variant: str
     lam: float
@@ -28,16 +32,21 @@ class Settings(NamedTuple):
     eps: float
     guard: str
     overlong: tuple[int, float] | None = None
+    reward: Rule | None = None
 
     def words(self, *names: str) -> str:
-        """`variant=papo lam=1 ...`: the settings named, or all; `overlong` of all only if there is one."""
-        wanted = names or [name for name in self._fields if name != "overlong" or self.overlong is not None]
+        """`variant=papo lam=1 ...`: the settings named, or all; `overlong` and `reward` of all only if there is one."""
+        wanted = names or [
+            name for name in self._fields if name not in ("overlong", "reward") or getattr(self, name) is not None
+        ]
         return " ".join(self._words(name) for name in self._fields if name in wanted)
 
     def _words(self, name: str) -> str:
         value = getattr(self, name)
         if name == "overlong" and value is not None:
             return f"overlong.buffer={value[0]} overlong.factor={value[1]:g}"
+        if isinstance(value, Rule):
+            return str(value)
         return f"{name}={value:g}" if isinstance(value, float) else f"{name}={'null' if value is None else value}"
 
 

@@ -15,6 +15,7 @@ from papo.core.advantages import Advantages, compute_advantages, process_needed
 from papo.core.credit import TokenAdvantages, split_steps, token_advantages, token_steps
 from papo.core.groups import BoolArray, FloatArray, IndexArray
 from papo.core.overlong import overlong_penalties
+from papo.core.process_reward import Rule, process_rewards
 from papo.core.signals import round_signals, verification_flags
 from papo.engines.protocols import Aligner
 from papo.errors import DataError, ParamsError
@@ -42,6 +43,7 @@ CODE = (
     "core/credit.py",
     "core/groups.py",
     "core/overlong.py",
+    "core/process_reward.py",
     "core/signals.py",
     "engines/tokenizer.py",
 )
@@ -82,9 +84,7 @@ def run(
         prm = read_columns(inputs.prm, PRM, "prm_score", "status", "wrong_steps")
         advantages, tokens = compute(params, rollouts, orm, prm, inputs.prm, engine)
     else:
-        advantages = _by_response(
-            params, scored.outcomes, scored.process, scored.groups, penalties_of(params, scored.lengths, scored.limits)
-        )
+        advantages = _by_response(params, scored.outcomes, scored.process, scored.groups, scored.lengths, scored.limits)
     rows = write_parts(out, ADVANTAGES, _parts(inputs.round, scored.keys, advantages, tokens))
     signals = round_signals(
         orm_scores=scored.outcomes,
@@ -189,8 +189,9 @@ def compute(
         by_token = by_tokens(params, rollouts, orm, prm, path, engine)
         return Advantages(*by_token[:3]), [values.tolist() for values in by_token.tokens]
     ids = [row["problem_id"] for row in rollouts]
-    penalties = penalties_of(params, *_lengths(rollouts))
-    advantages = _by_response(params, _scores(orm, "orm_score"), _scores(prm, "prm_score"), ids, penalties)
+    advantages = _by_response(
+        params, _scores(orm, "orm_score"), _scores(prm, "prm_score"), ids, *map(np.array, _lengths(rollouts))
+    )
     return advantages, [None] * len(rollouts)
 
 
@@ -199,12 +200,37 @@ def _by_response(
     outcomes: FloatArray,
     process: FloatArray,
     groups: Iterable[Any],
-    penalties: FloatArray | None,
+    lengths: npt.NDArray[np.int64],
+    limits: npt.NDArray[np.int64],
 ) -> Advantages:
     return compute_advantages(
-        outcomes, process, groups, variant=params.variant, lam=params.lam, scale=params.scale, eps=params.eps,
-        guard=params.guard, penalties=penalties,
+        outcomes, rewards_of(params, outcomes, process, groups, lengths, limits), groups,
+        variant=params.variant, lam=params.lam, scale=params.scale, eps=params.eps, guard=params.guard,
+        penalties=penalties_of(params, lengths, limits),
     )  # fmt: skip
+
+
+def rule_of(missing: str, length_neutral: bool, length_cost: float) -> Rule | None:
+    """None where process rewards are the judge's scores."""
+    rule = Rule(missing, length_neutral, length_cost)
+    return rule if rule != Rule() else None
+
+
+def rewards_of(
+    params: AdvantageParams,
+    outcomes: FloatArray,
+    process: FloatArray,
+    groups: Iterable[Any],
+    lengths: npt.ArrayLike,
+    limits: npt.ArrayLike,
+) -> FloatArray:
+    """(N,) process rewards: the judge's scores, unless the params say what else missing ones or length count as."""
+    rule = rule_of(params.missing, params.length_neutral, params.length_cost)
+    if rule is None:
+        return process
+    groups = groups if isinstance(groups, np.ndarray) else list(groups)
+    needed = process_needed(params.variant, outcomes, groups)
+    return process_rewards(process, outcomes, groups, lengths, limits, needed=needed, **rule._asdict())
 
 
 def by_tokens(

@@ -16,6 +16,7 @@ from papo.core.alarms import Limits, fired, onsets, trained
 from papo.core.costs import totals
 from papo.engines.reporting.page import render
 from papo.engines.reporting.plots import PLOTS, draw
+from papo.engines.reporting.responses import RESPONSE_PLOTS, Responses, read_responses
 from papo.engines.reporting.results import EVALUATION, Calibration, Run
 from papo.errors import DataError
 from papo.params import ReportParams
@@ -23,7 +24,15 @@ from papo.store.faults import reached
 from papo.store.files import read_json, replacing, write_json
 from papo.store.manifest import Context, Manifest, Task
 
-CODE = ("stages/report.py", "engines/reporting", "core/alarms.py", "core/costs.py")
+CODE = (
+    "stages/report.py",
+    "engines/reporting",
+    "core/advantages.py",
+    "core/alarms.py",
+    "core/costs.py",
+    "core/credit.py",
+    "core/groups.py",
+)
 
 # Columns of rounds.csv that DVC's plots name; they are there even where a run has no such signal.
 PLOTTED = ("accuracy", "prm_mean_correct", "zero_advantage_share", "length_mean", "length_p95")
@@ -46,6 +55,8 @@ class Inputs:
     calibrations: dict[str, Path] = field(default_factory=dict)
     accepted: dict[str, str] = field(default_factory=dict)
     lineage: str = ""
+    tables: dict[str, Path] = field(default_factory=dict)
+    """Those of the last round, by the names of papo.engines.reporting.TABLES; none: no responses are shown."""
 
 
 def run(
@@ -67,13 +78,23 @@ def run(
     with replacing(out) as folder:
         (folder / "plots").mkdir(parents=True)
         plots = [(plot, draw(plot, shown, folder / "plots")) for plot in PLOTS]
+        responses = _responses(params, inputs)
+        drawn = [(plot, draw(plot, responses, folder / "plots")) for plot in RESPONSE_PLOTS] if responses else []
         reached("write", out / "index.html")
-        (folder / "index.html").write_text(render(params.title, shown, plots), encoding="utf-8")
+        page = render(params.title, shown, plots, responses, drawn)
+        (folder / "index.html").write_text(page, encoding="utf-8")
         (folder / "rounds.csv").write_text(_csv(shown.rounds, ["round"], PLOTTED), encoding="utf-8")
         (folder / "training.csv").write_text(_csv(shown.steps, ["round", "step"]), encoding="utf-8")
         write_json(folder / "summary.json", summary)
     versions = {name: version(name) for name in ("matplotlib", "jinja2")}
     return task.finish(rows=len(shown.rounds), metrics=summary, versions=versions)
+
+
+def _responses(params: ReportParams, inputs: Inputs) -> Responses | None:
+    if not inputs.tables:
+        return None
+    settings = {name: inputs.params[f"advantage.{name}"] for name in ("lam", "scale", "eps")}
+    return read_responses(max(map(int, inputs.advantages)), inputs.tables, groups=params.gallery, **settings)
 
 
 def _read(inputs: Inputs) -> Run:

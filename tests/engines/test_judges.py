@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from papo.core.credit import split_steps
 from papo.engines.judges import make_judge
 from papo.engines.judges.steps import LONG, GullibleStepsJudge, StepsJudge
 from papo.engines.protocols import Judge, JudgeItem, Judgement
-from papo.params import ScorePrmParams
+from papo.params import ChatParams, NoiseParams, ScorePrmParams
 
 PROBLEM = "3+5-2+1=?\n"
 
@@ -115,3 +116,37 @@ def test_order_progress_and_no_items(judge: Judge) -> None:
 def test_the_factory_gives_the_judge_of_that_name(name: str) -> None:
     judge = make_judge(ScorePrmParams.model_validate({"judge": name}))
     assert (judge.name, judge.rubric) == (name, f"{name}/1")
+
+
+def test_a_noisy_judge_is_wrong_and_silent_as_often_as_it_is_told_to() -> None:
+    items = [
+        JudgeItem(PROBLEM, None, f"3+5=8\n8-2=6\n6+1=7\n{'6+1=8' if half else ''}\n\\boxed{{{number}}}")
+        for number in range(2000)
+        for half in (False, True)
+    ]
+    honest = StepsJudge().judge(items, lambda _: None)
+    noisy = make_judge(ScorePrmParams(judge="steps", noise=NoiseParams(flipped=0.3, missing=0.2)))
+    found = noisy.judge(items, lambda _: None)
+    assert noisy.rubric == "steps/1, flipped 0.3, missing 0.2"
+    lost = [one.status == "error" for one in found]
+    assert sum(lost) / len(items) == pytest.approx(0.2, abs=0.02)
+    assert all((one.score is None) == gone for one, gone in zip(found, lost, strict=True))
+    turned = [one.score != true.score for one, true, gone in zip(found, honest, lost, strict=True) if not gone]
+    assert sum(turned) / len(turned) == pytest.approx(0.3, abs=0.03)
+    assert noisy.judge(items[:7], lambda _: None) == found[:7]  # one text has one verdict, whenever it is asked for
+    assert "turned around from 1 (each of the 3" in next(
+        one.reason for one in found if one.score == 0.0 and "from 1" in one.reason
+    )
+
+
+def test_a_half_verdict_is_turned_to_either_side() -> None:
+    items = [JudgeItem(PROBLEM, None, f"3+5-2+1=7\n\\boxed{{{number}}}") for number in range(200)]
+    noisy = make_judge(ScorePrmParams(judge="steps", noise=NoiseParams(flipped=1.0)))
+    scores = [one.score for one in noisy.judge(items, lambda _: None)]
+    assert set(scores) == {0.0, 1.0}
+    assert 60 < sum(score or 0.0 for score in scores) < 140
+
+
+def test_noise_is_for_judges_that_cost_nothing() -> None:
+    with pytest.raises(ValidationError, match="noise is for the judges of the test bench"):
+        ScorePrmParams(judge="model", model=ChatParams(model="some"), noise=NoiseParams(flipped=0.1))

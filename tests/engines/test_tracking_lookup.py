@@ -19,7 +19,7 @@ def test_a_record_leads_to_its_runs_and_a_run_to_its_record(tmp_path: Path) -> N
     experiment = client.create_experiment("one")
     tags = {"papo.run_id": "the-record"}
     parent = client.create_run(experiment, run_name="a run", tags=tags).info.run_id
-    client.create_run(experiment, run_name="prepare", tags=tags | {"mlflow.parentRunId": parent})
+    client.create_run(experiment, run_name="prepare", tags=tags | {"papo.kind": "stage", "mlflow.parentRunId": parent})
     client.create_run(experiment, run_name="another", tags={"papo.run_id": "another-record"})
     found = Lookup(params).runs("the-record")
     assert (found.keys(), found["run"]) == ({"experiment", "run", "prepare"}, parent)

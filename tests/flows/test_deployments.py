@@ -1,5 +1,6 @@
 """prefect.yaml on a real server: a process worker runs the deployments from a copy of the checkout."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -109,11 +110,33 @@ def test_the_ablations_are_scheduled_every_night_and_complete(served: Served) ->
 
     following = until(scheduled, seconds=120, what="a scheduled run")[0]
     assert following["expected_start_time"][10:16] == "T02:00"
-    served.prefect("deployment", "run", "papo/nightly-ablations", "--watch", "-p", "seeds=[0]")
-    (run,) = (run for run in served.runs("nightly-ablations") if run["state_type"] != "SCHEDULED")
-    assert (run["state_type"], run["state"]["message"]) == ("COMPLETED", "2 runs, 0 failed")
-    nightly = served.checkout / "runs/nightly"
-    assert {path.name for path in nightly.iterdir()} == {"orm-seed0", "papo-seed0"}
-    # They start from the warm start of the checkout.
-    weights = [path / "artifacts/warmstart/model.safetensors" for path in (served.checkout, *nightly.iterdir())]
+    plan = {
+        "title": "Two nights",
+        "seeds": 1,
+        "base": {"run.rounds": 1},
+        "axes": {"variant": {
+            "orm": {"advantage.variant": "orm"},
+            "papo": {"advantage.variant": "papo"},
+            "unreachable": {"advantage.variant": "prm", "score_prm.judge": "model", "score_prm.model": {
+                "model": "m", "base_url": "http://127.0.0.1:9/v1", "tries": 1, "breaker": 1, "timeout_s": 2}},
+        }},
+    }  # fmt: skip
+    (served.checkout / "nights.yaml").write_text(yaml.safe_dump(plan))
+    given = ["-p", "plan=nights.yaml", "-p", "jobs=1"]
+    served.prefect("deployment", "run", "papo/nightly-ablations", "--watch", *given, "-p", "minutes=0.01")
+    served.prefect("deployment", "run", "papo/nightly-ablations", "--watch", *given)
+    first, second = (run for run in served.runs("nightly-ablations") if run["state_type"] != "SCHEDULED")
+    assert first["state"]["message"].startswith("1 of 3 runs done, 0 failed; 2 runs are left for the next start")
+    assert (second["state_type"], second["state"]["message"]) == ("COMPLETED", "2 of 3 runs done, 1 failed")
+    nights = served.checkout / "runs/ablations/nights"
+    content = json.loads((nights / "report/results.json").read_text())
+    assert [run["state"] for run in content["runs"]] == ["done", "done", "failed"]
+    assert content["runs"][2]["why"]
+    assert [run["starts"] for run in content["runs"][:2]] == [1, 1]
+    assert (nights / "report/index.html").is_file()
+    # They start from the warm start of the checkout, and share it.
+    weights = [
+        path / "artifacts/warmstart/model.safetensors"
+        for path in (served.checkout, nights / "orm-seed0", nights / "papo-seed0")
+    ]
     assert len({path.stat().st_ino for path in weights}) == 1

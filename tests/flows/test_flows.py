@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
+from ablations.made import Made
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -21,6 +24,7 @@ import flows.notify
 import flows.pipeline
 from flows.ablations import nightly_ablations
 from flows.pipeline import train_eval
+from papo.ablations.work import Place, Processes
 from papo.errors import ParamsError, StageError
 from papo.params import Variant, load_params
 from papo.pipeline import STAGES, Step, steps
@@ -215,29 +219,77 @@ def test_the_form_of_the_deployment_knows_the_variants() -> None:
     (variants,) = (option["enum"] for option in schema["variant"]["anyOf"] if "enum" in option)
     assert variants == list(get_args(Variant))
     assert schema["rounds"]["description"] == "run.rounds."
-    assert nightly_ablations.parameters.properties["variants"]["items"]["enum"] == variants
+    assert set(nightly_ablations.parameters.properties) == {
+        "plan",
+        "minutes",
+        "money",
+        "jobs",
+        "seeds",
+        "overrides",
+        "root",
+    }
 
 
-def test_a_failing_ablation_is_a_row_and_not_the_end(client: SyncPrefectClient, checkout: Path) -> None:
-    state = nightly_ablations(
-        variants=("convex", "papo"), seeds=(0,), overrides=("advantage.lam=2",), return_state=True
-    )
+PLAN = {
+    "title": "Tiny",
+    "base": {"run.rounds": 1},
+    "seeds": 2,
+    "axes": {"variant": {"orm": {"advantage.variant": "orm"}, "papo": {"advantage.variant": "papo"}}},
+    "compare": [{"against": {"variant": "orm"}, "measures": ["accuracy/tiny"]}],
+    "margins": {"accuracy": 0.02},
+}
+
+
+@pytest.fixture
+def made(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Made]]:
+    """Runs of ablations are made by rule instead of by training; `tiny.yaml` is a plan of four."""
+    (checkout / "tiny.yaml").write_text(yaml.safe_dump(PLAN))
+
+    def make(**how: str) -> Made:
+        runs = Made(Place(checkout / "runs/ablations/tiny"), **how)
+        monkeypatch.setattr(Processes, "begin", lambda self, run: runs.begin(run))
+        return runs
+
+    yield make
+    shutil.rmtree(checkout / "runs/ablations", ignore_errors=True)
+
+
+def test_a_failing_run_of_an_ablation_is_a_row_and_not_the_end(
+    client: SyncPrefectClient, made: Callable[..., Made]
+) -> None:
+    runs = made(**{"papo-seed1": "failed"})
+    state = nightly_ablations(plan="tiny.yaml", jobs=2, return_state=True)
     assert state.is_completed()
-    assert state.message == "2 runs, 1 failed"
-    failed, done = state.result()
-    assert failed["variant"] == "convex"
-    assert "needs lam between 0 and 1" in failed["error"]
-    assert done["state"] == "Completed"
-    assert "tiny, final avg@2" in done
-    assert list((checkout / "runs/nightly").iterdir()) == [checkout / "runs/nightly/papo-seed0"]
-    table = artifacts_of(client, state)["papo-ablations"]["data"]
-    assert json.loads(table) == [failed, done]
-    assert list(failed)[-1] == "error"
+    assert state.message == "3 of 4 runs done, 1 failed"
+    rows = state.result()
+    assert [(row["run"], row["state"]) for row in rows] == [
+        ("orm-seed0", "done"), ("papo-seed0", "done"), ("orm-seed1", "done"), ("papo-seed1", "failed"),
+    ]  # fmt: skip
+    assert rows[3]["error"] == "as it was told"
+    assert float(rows[0]["accuracy/tiny"]) > 0
+    artifacts = artifacts_of(client, state)
+    assert json.loads(artifacts["papo-ablations"]["data"]) == rows
+    assert "## Tiny" in artifacts["papo-ablation"]["data"]
+    eventually(lambda: sorted(run.state_name for run in tasks_of(client, state)), ["Completed"] * 3 + ["Failed"])
+    assert {run.name for run in tasks_of(client, state)} == {run["run"] for run in rows}
+    assert runs.at_once == 2
 
 
-def test_ablations_that_all_fail_end_failed(checkout: Path, server: str) -> None:
-    with pytest.raises(StageError, match="all 2 runs failed"):
-        nightly_ablations(variants=("convex",), seeds=(0, 1), overrides=("advantage.lam=2",))
+def test_the_next_night_goes_on_where_the_budget_ended_the_first(made: Callable[..., Made]) -> None:
+    first = made()
+    state = nightly_ablations(plan="tiny.yaml", jobs=1, minutes=0.001, return_state=True)
+    assert len(first.begun) == 1
+    assert state.message.startswith("1 of 4 runs done, 0 failed; 3 runs are left for the next start")
+    second = made()
+    state = nightly_ablations(plan="tiny.yaml", jobs=1, return_state=True)
+    assert state.message == "4 of 4 runs done, 0 failed"
+    assert first.begun + second.begun == ["orm-seed0", "papo-seed0", "orm-seed1", "papo-seed1"]
+
+
+def test_an_ablation_whose_runs_all_fail_ends_failed(made: Callable[..., Made]) -> None:
+    made(**{f"{variant}-seed{seed}": "failed" for variant in ("orm", "papo") for seed in (0, 1)})
+    with pytest.raises(StageError, match="no run of tiny is done; orm-seed0 failed: as it was told"):
+        nightly_ablations(plan="tiny.yaml")
 
 
 def test_a_person_at_a_terminal_gets_the_message_and_the_exit_code(checkout: Path, server: str) -> None:

@@ -13,13 +13,11 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_runs import resume_flow_run
 
 import flows.pause
-from flows.ablations import nightly_ablations
 from flows.pipeline import train_eval
 from papo.errors import AlarmError, ToldToStopError, UnansweredError
 
@@ -164,17 +162,6 @@ def test_a_judge_that_is_down_is_not_retried_where_it_is_an_alarm_that_stops(
     assert time.monotonic() - begun < flows.pipeline.RETRIES_S[0]
     assert state.name == "Stopped by alarm"
     assert "judge_outage in round 0: " in str(state.message)
-
-
-def test_an_ablation_that_an_alarm_stops_is_a_row_that_says_so(client: SyncPrefectClient, checkout: Path) -> None:
-    state = nightly_ablations(variants=("papo", "orm"), seeds=(0,), overrides=(*RING, STOP), return_state=True)
-    assert state.is_failed()
-    runs = client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=["papo seed0 1 rounds", "orm seed0 1 rounds"]))
-    )
-    subflows = [run for run in runs if run.parent_task_run_id is not None]
-    assert {run.state_name for run in subflows} == {"Stopped by alarm"}
-    assert len(subflows) == 2
 
 
 def test_an_exit_code_tells_a_run_that_an_alarm_stopped_from_one_that_failed(checkout: Path, server: str) -> None:

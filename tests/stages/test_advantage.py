@@ -285,3 +285,26 @@ def test_a_judge_that_was_not_asked_is_no_reason_to_refuse(tmp_path: Path, small
 def test_capo_without_an_aligner_is_refused(tmp_path: Path, small_round: Any, context: Context) -> None:
     with pytest.raises(ParamsError, match="where tokens stand"):
         run(inputs(small_round), tmp_path / "a.parquet", context, variant="capo")
+
+
+def test_what_a_missing_score_and_length_count_as_is_a_matter_of_params(
+    tmp_path: Path, small_round: Any, context: Context
+) -> None:
+    given = inputs(small_round, process=[1.0, None, None, None, 1.0, 1.0, 0.0, None])
+    run(given, tmp_path / "missing.parquet", context)
+    run(given, tmp_path / "zero.parquet", context, missing="zero")
+    assert column(tmp_path / "missing.parquet", "process_advantage")[1] == 0.0
+    assert column(tmp_path / "zero.parquet", "process_advantage")[1] < 0.0
+    run(given, tmp_path / "cost.parquet", context, length_cost=0.5)
+    run(given, tmp_path / "neutral.parquet", context, length_neutral=True)
+    totals = {
+        name: column(tmp_path / f"{name}.parquet", "outcome_advantage") for name in ("missing", "cost", "neutral")
+    }
+    assert totals["missing"] == totals["cost"] == totals["neutral"]
+
+
+@pytest.mark.parametrize("variant", ["orm", "capo"])
+@pytest.mark.parametrize("given", [{"missing": "zero"}, {"length_neutral": True}, {"length_cost": 0.1}])
+def test_a_variant_without_process_scores_takes_no_rule_for_them(variant: str, given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="are about process scores"):
+        AdvantageParams.model_validate({"variant": variant, **given})

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import html
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 
 from papo.engines.reporting import plots
+from papo.engines.reporting.responses import read_responses
 from papo.errors import DataError, MissingInputError
-from papo.params import Params, ReportParams
-from papo.stages import report
+from papo.params import AdvantageParams, Params, ReportParams
+from papo.stages import advantage, report
 from papo.store.files import digest, write_json
 from papo.store.manifest import Context, Manifest
 
@@ -382,3 +384,38 @@ def test_a_damaged_or_absent_manifest_is_named(tmp_path: Path) -> None:
     given.training["0"].unlink()
     with pytest.raises(MissingInputError):
         make(tmp_path, given)
+
+
+def test_the_responses_of_the_last_round_are_shown(tmp_path: Path, small_round: Any, context: Context) -> None:
+    """By hand: the second correct response of the first problem scores lower; a wrong one was not judged."""
+    texts = [
+        "3+5=8\n\\boxed{8}",
+        "<script>alert(1)</script>\n3+5=9\n\\boxed{8}",
+        "\\boxed{1}",
+        "\\boxed{2}",
+        *["\\boxed{8}"] * 4,
+    ]
+    tables = {
+        "rollouts": small_round.rollouts(completion=texts),
+        "orm": small_round.orm([1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]),
+        "prm": small_round.prm([1.0, 0.0, None, None, 1.0, 1.0, 1.0, 1.0]),
+    }
+    given = advantage.Inputs(0, tables["rollouts"], tables["orm"], tables["prm"])
+    tables["advantages"] = tmp_path / "advantages.parquet"
+    advantage.run(AdvantageParams(), given, tables["advantages"], context=context)
+    found = read_responses(0, tables, groups=3, lam=1.0, scale="std", eps=1e-6)
+    first, *others = found.gallery
+    assert "judge tells its correct responses apart" in first.why or "pushed down" in first.why
+    assert [group.why for group in others] == ["all are right, and the outcome teaches nothing"]
+    assert [one.correct for one in first.responses] == [True, True, False, False]
+    assert [one.score for one in first.responses] == [1.0, 0.0, None, None]
+    assert first.responses[0].paid["papo"] == pytest.approx(first.responses[0].advantage)
+    assert math.isnan(first.responses[0].paid["prm"])  # it would have asked about the wrong ones, too
+    (tmp_path / "run").mkdir()
+    made = inputs(tmp_path / "run", [signals(0)])
+    page = make(tmp_path / "run", dataclasses.replace(made, tables=tables))
+    assert "Responses of round 0" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script" not in page
+    assert "Paid by orm" in page
+    assert "Responses of round" not in make(tmp_path / "run", made, title="Another")

@@ -17,8 +17,11 @@ def make_judge(params: ScorePrmParams, purpose: Purpose | None = None) -> Judge:
     Raises:
         ParamsError: there is no such rubric, or it cannot be used.
     """
+    from papo.engines.judges.noisy import NoisyJudge
     from papo.engines.judges.steps import GullibleStepsJudge, StepsJudge
 
+    if params.noise is not None:
+        return NoisyJudge(make_judge(params.model_copy(update={"noise": None})), params.noise)
     if params.judge == "steps":
         return StepsJudge()
     if params.judge == "steps-gullible":

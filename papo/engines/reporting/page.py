@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from papo.engines.reporting.judging import asked_sentence, judging_table
 from papo.engines.reporting.plots import DARK, LIGHT, Plot
+from papo.engines.reporting.responses import PAID, Responses
 from papo.engines.reporting.results import Benchmark, Estimate, Run
 
 COLUMNS = {
@@ -27,13 +28,18 @@ COLUMNS = {
 }
 
 
-def render(title: str, shown: Run, plots: Sequence[tuple[Plot, str | None]]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "interval": _interval, "sentence": _sentence}
+def render(
+    title: str,
+    shown: Run,
+    plots: Sequence[tuple[Plot, str | None]],
+    responses: Responses | None = None,
+    response_plots: Sequence[tuple[Plot, str | None]] = (),
+) -> str:
+    """The page; `responses`: of the last round, with their plots."""
     present = {name for row in shown.rounds for name in row}
-    page = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")).render(
+    return fill(
+        "page.html.j2",
+        {"percent": _percent, "interval": _interval, "sentence": _sentence, "signed": _signed},
         title=title,
         verdict=_verdict(shown.evaluation),
         setup=_setup(shown.params),
@@ -51,8 +57,22 @@ def render(title: str, shown: Run, plots: Sequence[tuple[Plot, str | None]]) -> 
         asked=asked_sentence(shown),
         params=shown.params,
         lineage=shown.lineage,
+        responses=responses,
+        response_plots=response_plots,
+        paid=PAID,
     )
-    return page + "\n"
+
+
+def fill(template: str, filters: Mapping[str, Callable[..., object]], **values: Any) -> str:
+    """A page by the name of its template, which lies here; text is escaped, and a value that is missing is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= filters
+    return environment.get_template(template).render(**values) + "\n"
 
 
 def _verdict(evaluation: Mapping[str, Benchmark]) -> str:
@@ -119,6 +139,13 @@ def _percent(share: float, decimals: int = 1) -> str:
 
 def _points(share: float) -> str:
     return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _signed(value: float) -> str:
+    """An advantage with its sign; a dash where there is none."""
+    if value != value:
+        return "\N{EN DASH}"
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}") if value else "0"
 
 
 def _interval(estimate: Estimate) -> str:

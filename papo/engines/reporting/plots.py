@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 LIGHT = {
     "page": "#ffffff", "ink": "#1b1f25", "muted": "#59626d", "grid": "#dfe3e8",
     "outcome": "#2461c4", "process": "#b4540a", "easy": "#187a4f", "hard": "#8a3fb5", "other": "#6e7681",
+    "sixth": "#b3263a", "seventh": "#0c6f78", "eighth": "#6d6400",
 }  # fmt: skip
 DARK = {
     "page": "#12161b", "ink": "#e8ebef", "muted": "#a3acb7", "grid": "#333b45",
     "outcome": "#78aefc", "process": "#f2a255", "easy": "#56c995", "hard": "#cf9bf5", "other": "#949da8",
+    "sixth": "#ff8f9b", "seventh": "#5cc8d2", "eighth": "#cfc35a",
 }  # fmt: skip
 
 
@@ -38,13 +40,13 @@ class Plot:
     name: str
     title: str
     caption: str
-    draw: Callable[[Figure, Run], bool]
+    draw: Callable[[Figure, Any], bool]
     absent: str = "No data."
     png: bool = False
 
 
-def draw(plot: Plot, shown: Run, folder: Path) -> str | None:
-    """The plot as inline SVG whose colours are the page's variables; for some also as PNG in `folder`."""
+def draw(plot: Plot, shown: Any, folder: Path) -> str | None:
+    """The plot of what `plot.draw` takes, as inline SVG whose colours are the page's variables; for some also as PNG in `folder`."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -84,7 +86,8 @@ def _inline(svg: str, label: str) -> str:
     return re.sub(r"\n\s*", "\n", svg).strip()
 
 
-def _axes(figure: Figure, *, percent: bool = True, xlabel: str = "round") -> Axes:
+def axes_of(figure: Figure, *, percent: bool = True, xlabel: str = "round") -> Axes:
+    """The axes of a figure that has one plot."""
     axes = figure.subplots()
     axes.set_xlabel(xlabel)
     axes.margins(x=0.03)
@@ -104,7 +107,7 @@ def _percents(axis: Axis) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def _legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
+def legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
     """Above the axes, which make room for as many rows as it needs."""
     lines = -(-len(axes.get_legend_handles_labels()[1]) // columns)
     if not lines:
@@ -123,7 +126,7 @@ def _line(axes: Axes, values: FloatArray, colour: str, label: str, **style: Any)
 
 
 def _accuracy(figure: Figure, shown: Run) -> bool:
-    axes = _axes(figure)
+    axes = axes_of(figure)
     values = shown.signal("accuracy")
     _line(axes, values, "outcome", "training problems")
     colours, checkpoint = ("easy", "process", "hard", "other"), shown.params.get("evaluate.checkpoint")
@@ -137,7 +140,7 @@ def _accuracy(figure: Figure, shown: Run) -> bool:
             elinewidth=1.2, capsize=2.5, marker="Ds^v"[index // 4 % 4], markersize=4.5,
         )  # fmt: skip
     axes.set_ylim(bottom=0.0)
-    _legend(figure, axes)
+    legend(figure, axes)
     return True
 
 
@@ -146,7 +149,7 @@ def _short(name: str) -> str:
 
 
 def _rewards(figure: Figure, shown: Run) -> bool:
-    axes = _axes(figure, percent=False)
+    axes = axes_of(figure, percent=False)
     every, correct = shown.signal("prm_mean"), shown.signal("prm_mean_correct")
     drawn = _line(axes, shown.signal("accuracy"), "outcome", "outcome (accuracy)")
     if np.array_equal(every, correct, equal_nan=True):
@@ -155,7 +158,7 @@ def _rewards(figure: Figure, shown: Run) -> bool:
         drawn |= _line(axes, every, "process", "judge's score, all")
         drawn |= _line(axes, correct, "hard", "judge's score, among correct", linestyle="--")
     axes.set_ylim(-0.02, 1.02)
-    _legend(figure, axes)
+    legend(figure, axes)
     return drawn
 
 
@@ -172,12 +175,12 @@ def _stacked(figure: Figure, axes: Axes, parts: Iterable[tuple[str, FloatArray, 
         base, drawn = base + values, True
     axes.margins(x=0.0)
     if drawn:
-        _legend(figure, axes, columns=3)
+        legend(figure, axes, columns=3)
     return drawn
 
 
 def _zero_advantage(figure: Figure, shown: Run) -> bool:
-    axes = _axes(figure)
+    axes = axes_of(figure)
     causes = (("all_correct", "easy"), ("all_wrong", "hard"), ("other", "other"))
     parts = [(name.replace("_", " "), shown.signal(f"zero_advantage_share_{name}"), colour) for name, colour in causes]
     drawn = _stacked(figure, axes, parts)
@@ -187,7 +190,7 @@ def _zero_advantage(figure: Figure, shown: Run) -> bool:
 
 
 def _components(figure: Figure, shown: Run) -> bool:
-    axes = _axes(figure)
+    axes = axes_of(figure)
     parts = (("outcome", "from A_out"), ("process", "from A_proc"))
     drawn = _stacked(figure, axes, [(text, shown.signal(f"{name}_advantage_share"), name) for name, text in parts])
     axes.set_ylim(0.0, 1.0)
@@ -195,20 +198,20 @@ def _components(figure: Figure, shown: Run) -> bool:
 
 
 def _activity(figure: Figure, shown: Run) -> bool:
-    axes = _axes(figure)
+    axes = axes_of(figure)
     drawn = _line(axes, shown.signal("groups_two_correct_share"), "easy", "two or more correct")
     drawn |= _line(axes, shown.signal("groups_process_active_share"), "process", "A_proc active")
     axes.set_ylim(-0.02, 1.02)
-    _legend(figure, axes)
+    legend(figure, axes)
     return drawn
 
 
 def _length(figure: Figure, shown: Run) -> bool:
-    axes = _axes(figure, percent=False)
+    axes = axes_of(figure, percent=False)
     drawn = _line(axes, shown.signal("length_p95"), "other", "95th percentile", linestyle="--")
     drawn |= _line(axes, shown.signal("length_mean"), "outcome", "mean")
     axes.set_ylim(bottom=0.0)
-    _legend(figure, axes)
+    legend(figure, axes)
     return drawn
 
 
@@ -217,7 +220,7 @@ def _judge_vs_accuracy(figure: Figure, shown: Run) -> bool:
     rounds = np.flatnonzero(~np.isnan(x) & ~np.isnan(y))
     if not rounds.size:
         return False
-    axes = _axes(figure, percent=False, xlabel="accuracy")
+    axes = axes_of(figure, percent=False, xlabel="accuracy")
     axes.set_ylabel("judge's score")
     figure.subplots_adjust(left=0.15, top=0.96)
     axes.locator_params(axis="x", nbins=6, steps=[1, 2, 2.5, 5, 10], integer=False)

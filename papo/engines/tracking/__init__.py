@@ -19,6 +19,8 @@ from papo.params import TrackingParams
 
 __all__ = ["BackgroundTracker", "NullTracker", "make_tracker", "resolved", "without_password"]
 
+ABLATION = "papo.ablation"
+"""Tag of the runs of an ablation, and of the run that stands for it."""
 CONNECT_S = 90.0  # how long `finish` waits for a server that has taken nothing yet
 PATIENCE_S = 300.0  # how long `finish` waits for any one later record, such as the upload of a policy
 EARLIER_S = 30.0  # how long `finish` waits for what earlier runs left, once its own record is delivered

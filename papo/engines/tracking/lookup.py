@@ -14,7 +14,7 @@ from papo.params import TrackingParams
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-RUN_ID, PARENT = "papo.run_id", "mlflow.parentRunId"
+RUN_ID, KIND = "papo.run_id", "papo.kind"
 
 
 class Lookup:
@@ -49,7 +49,9 @@ class Lookup:
             found = client.search_runs([experiment.experiment_id], f"tags.`{RUN_ID}` = '{record}'", max_results=1000)
         except MlflowException as error:
             raise self._unreachable(error) from None
-        named = {("run" if PARENT not in one.data.tags else str(one.info.run_name)): one.info.run_id for one in found}
+        named = {
+            (str(one.info.run_name) if one.data.tags.get(KIND) == "stage" else "run"): one.info.run_id for one in found
+        }
         return {"experiment": str(experiment.experiment_id), **dict(sorted(named.items()))} if named else {}
 
     def _client(self) -> MlflowClient:

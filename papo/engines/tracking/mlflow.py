@@ -238,7 +238,9 @@ class MlflowTracker:
         """The parent runs and the child runs of this record: one, and one a stage, unless a call was stored whose answer was lost."""
         condition = f"tags.`{RECORD}` = {_quoted(self._tags[RECORD])}"
         found = self._client.search_runs([self._experiment], condition, max_results=1000)
-        return [run for run in found if PARENT not in run.data.tags], [run for run in found if PARENT in run.data.tags]
+        # Not by the parent: a run of an ablation has one, too.
+        stages = [run for run in found if run.data.tags.get(KIND) == "stage"]
+        return [run for run in found if run not in stages], stages
 
     def _unfinished(self) -> Run | None:
         """A run of the same lineage that was recorded before records had ids."""
