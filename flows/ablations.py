@@ -20,10 +20,10 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.guarded import guard_own_process
 from flows.pipeline import HOOKS
 from flows.restarts import look_after_others, restarts
-from papo.ablations.command import Ablation, description, finish, note_night, open_ablation, tags_of
+from papo.ablations.command import Ablation, description, do, finish, open_ablation, tags_of
 from papo.ablations.plan import Run
 from papo.ablations.results import Results
-from papo.ablations.work import LOOK_S, Budget, Outcome, Processes, cores, look, work
+from papo.ablations.work import LOOK_S, Budget, Outcome, Processes, cores, look
 from papo.console import configure_logging, log
 from papo.errors import StageError
 from papo.store.layout import Workspace
@@ -88,7 +88,6 @@ def nightly_ablations(
     configure_logging()
     ablation = open_ablation(plan, seeds=seeds, overrides=overrides, root=Path(root) if root is not None else None)
     budget = Budget(minutes, money)
-    began = datetime.now(UTC)
     with ExitStack() as opened:
         opened.enter_context(exclusive(Workspace(ablation.place.root), wait_s=wait_s))
         processes = Processes(ablation.place, preset=ablation.plan.preset, options=tags_of(ablation), say=log.info)
@@ -99,17 +98,7 @@ def nightly_ablations(
             run_arm.submit(processes, ablation, run).add_done_callback(lambda _: ended.set())
             return ended.is_set
 
-        try:
-            outcome = work(
-                ablation.runs,
-                ablation.place,
-                jobs=min(jobs or cores(), MOST_JOBS),
-                budget=budget,
-                begin=begin,
-                say=log.info,
-            )
-        finally:
-            note_night(ablation.place, began, budget.seconds)
+        outcome = do(ablation, budget, min(jobs or cores(), MOST_JOBS), begin, say=log.info)
         results = finish(ablation)
     rows = [_row(results, at) for at in range(len(results.found))]
     create_table_artifact(rows, key="papo-ablations", description=results.verdict)

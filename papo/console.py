@@ -53,6 +53,7 @@ WORDS = (
     "rubric",
     "run",
     "claim",
+    "says",
     "arm",
     "against",
     "verdict",

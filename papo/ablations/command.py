@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from pathlib import Path
 from papo.ablations.evidence import Compared
 from papo.ablations.plan import Plan, Run, expand, read_plan
 from papo.ablations.results import Results, difference, gather, write
-from papo.ablations.work import Budget, Outcome, Place, Processes, Say, cores, work
+from papo.ablations.work import Begin, Budget, Outcome, Place, Processes, Say, cores, work
 from papo.console import log, show_tables, warn
 from papo.engines.tracking import ABLATION
 from papo.errors import StageError, UserError
@@ -87,7 +86,7 @@ def ablate(options: argparse.Namespace) -> int:
             budget = Budget(options.minutes, options.money)
             tags, preset = tags_of(ablation), ablation.plan.preset
             with Processes(ablation.place, preset=preset, options=tags, say=log.info) as processes:
-                outcome = do(ablation, budget, jobs, processes, say=log.info)
+                outcome = do(ablation, budget, jobs, processes.begin, say=log.info)
         results = finish(ablation)
     show(results, ablation.place)
     if results.failed:
@@ -100,14 +99,13 @@ def tags_of(ablation: Ablation) -> tuple[str, ...]:
     return ("--tag", f"{ABLATION}={ablation.id}")
 
 
-def do(ablation: Ablation, budget: Budget, jobs: int, processes: Processes, *, say: Say) -> Outcome:
+def do(ablation: Ablation, budget: Budget, jobs: int, begin: Begin, *, say: Say) -> Outcome:
     """The runs that are left, within the budget; the history of the ablation is written however it ends."""
     began = datetime.now(UTC)
-    since = time.monotonic()
     try:
-        return work(ablation.runs, ablation.place, jobs=jobs, budget=budget, begin=processes.begin, say=say)
+        return work(ablation.runs, ablation.place, jobs=jobs, budget=budget, begin=begin, say=say)
     finally:
-        note_night(ablation.place, began, time.monotonic() - since)
+        note_night(ablation.place, began, budget.seconds)
 
 
 def note_night(place: Place, began: datetime, seconds: float) -> None:
@@ -168,19 +166,19 @@ def show(results: Results, place: Place) -> None:
     claims = [
         {
             "claim": one.claim.name,
-            "meaning": one.claim.says,
-            "done": one.answer,
+            "says": one.claim.says,
+            "verdict": one.answer,
             "evidence": "; ".join(map(told, one.compared)),
         }
         for one in results.answered
     ]
     compared = [
         {
-            "variant": one.arm,
-            "stored": one.against or "",
+            "arm": one.arm,
+            "against": one.against or "",
             "measure": one.measure,
             "difference": told(one),
-            "meaning": one.words,
+            "verdict": one.words,
         }
         for one in results.compared
     ]

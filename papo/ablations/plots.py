@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,14 +44,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Arms that are drawn together; `reach` is half an interval's width in standard errors, for each number of seeds."""
+    """Arms that are drawn together; `ticks` names the places along x where those are labels."""
 
     lines: list[Line]
     percent: bool
     xlabel: str = "round"
     ylabel: str = ""
     ticks: Sequence[str] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def panel(name: str, title: str, caption: str, kind: str, shown: Panel) -> tuple[Plot, Panel]:

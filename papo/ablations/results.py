@@ -289,7 +289,7 @@ def panels(results: Results) -> list[tuple[Plot, Panel]]:
 
 def _facets(plan: Plan) -> dict[str, list[Arm]]:
     """Arms that are drawn together: those that differ on the axis with the most labels; others are plots of their own."""
-    longest = max(plan.axes, key=lambda name: len(plan.axes[name]))
+    longest = _longest(plan)
     found: dict[str, list[Arm]] = defaultdict(list)
     for arm in plan.arms:
         others = {name: label for name, label in arm.labels.items() if name != longest}
@@ -297,13 +297,18 @@ def _facets(plan: Plan) -> dict[str, list[Arm]]:
     return found
 
 
+def _longest(plan: Plan) -> str:
+    """The axis with the most labels, which are told apart by colour."""
+    return max(plan.axes, key=lambda name: len(plan.axes[name]))
+
+
 def _label(plan: Plan, arm: Arm) -> str:
-    longest = max(plan.axes, key=lambda name: len(plan.axes[name]))
+    longest = _longest(plan)
     return arm.labels[longest]
 
 
 def _style(plan: Plan, arm: Arm) -> int:
-    longest = max(plan.axes, key=lambda name: len(plan.axes[name]))
+    longest = _longest(plan)
     return list(plan.axes[longest]).index(arm.labels[longest])
 
 

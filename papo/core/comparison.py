@@ -15,7 +15,7 @@ which is the two-way random effects model (a crossed design; Cornfield and Tukey
 
 and the interval is m +- t * sqrt(variance(m)). An interval over problems alone says how sure one is of these S policies, not of the
 method; one over seeds alone takes the benchmark for the world. `resampled` is the bootstrap over both, which needs no model and is too
-narrow for few seeds (docs/results.md has the measured coverage of both).
+narrow for few seeds (tests/benchmarks/table_of_coverage.py measures both).
 """
 
 from __future__ import annotations
@@ -73,14 +73,11 @@ class Difference(NamedTuple):
 
     def variance_with(self, seeds: int) -> float:
         """What the variance of the mean would be with so many seeds and the same problems."""
-        cells = self.seeds * self.problems
         if self.problems == 1:
             return self.between_seeds / seeds
         of_seeds = max(self.between_seeds - self.residual, 0.0) / self.problems
         of_problems = max(self.between_problems - self.residual, 0.0) / self.seeds
-        floor = self.standard_error**2 * cells  # where the estimate was cut from below
-        predicted = of_seeds / seeds + of_problems / self.problems + self.residual / (seeds * self.problems)
-        return max(predicted, floor / (seeds * self.problems) if seeds == self.seeds else 0.0)
+        return of_seeds / seeds + of_problems / self.problems + self.residual / (seeds * self.problems)
 
 
 class Verdict(NamedTuple):
@@ -123,7 +120,7 @@ def by_seed_and_problem(differences: npt.ArrayLike, *, confidence: float = 0.95)
     mse = float(np.sum(left**2)) / ((seeds - 1) * (problems - 1))
     total = max(msa + msb - mse, msa, msb)
     spread = msa**2 / (seeds - 1) + msb**2 / (problems - 1) + mse**2 / ((seeds - 1) * (problems - 1))
-    # Two seeds that happen to agree look like seeds that do not matter: intervals of more freedom were found to cover 0.89 for 0.95.
+    # Two seeds that happen to agree look like seeds that do not matter: with more freedom the interval would be too narrow.
     freedom = max(total**2 / spread, seeds - 1.0) if spread > 0.0 and seeds > 2 else seeds - 1.0
     error = math.sqrt(total / (seeds * problems))
     return _difference(mean, error, freedom, of_seed, confidence, problems, every.shape[1] - problems, (msa, msb, mse))

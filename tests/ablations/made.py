@@ -19,6 +19,16 @@ from papo.store.tables import write_rows
 PROBLEMS = 40
 SAMPLES = 4
 
+TINY_PLAN: dict[str, Any] = {
+    "title": "Tiny",
+    "base": {"run.rounds": 1},
+    "seeds": 2,
+    "axes": {"variant": {"orm": {"advantage.variant": "orm"}, "papo": {"advantage.variant": "papo"}}},
+    "compare": [{"against": {"variant": "orm"}, "measures": ["accuracy/tiny"]}],
+    "margins": {"accuracy": 0.02},
+}
+"""Two variants, for a checkout whose only benchmark is `tiny`."""
+
 Accuracy = Callable[[Mapping[str, str], int, str, np.random.Generator], np.ndarray]
 """(labels of the arm, seed, policy, rng) -> (PROBLEMS,) chances of a right answer."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ablations.made import Made, even, make_run, plan
+from ablations.made import TINY_PLAN, Made, even, make_run, plan
 from checkout import TINIEST
 
 from papo.ablations import work as module
@@ -134,16 +134,6 @@ def test_other_code_or_params_make_a_run_open_again(tmp_path: Path, monkeypatch:
     (other,) = expand(plan(seeds=1, axes={"v": {"one": {"advantage.lam": 0.5}}}, compare=[]))
     assert other.name == run.name
     assert look(other, Place(tmp_path)).state == "open"
-
-
-TINY_PLAN = {
-    "title": "Tiny",
-    "base": {"run.rounds": 1},
-    "seeds": 2,
-    "axes": {"variant": {"orm": {"advantage.variant": "orm"}, "papo": {"advantage.variant": "papo"}}},
-    "compare": [{"against": {"variant": "orm"}, "measures": ["accuracy/tiny"]}],
-    "margins": {"accuracy": 0.02},
-}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -66,9 +67,9 @@ def test_a_problem_without_a_value_in_some_seed_is_left_out() -> None:
         (lambda: verdicts([by_seed([0.0, 1.0])], [-0.1]), "at least 0"),
     ],
 )
-def test_what_says_nothing_is_refused(make: object, what: str) -> None:
+def test_what_says_nothing_is_refused(make: Callable[[], object], what: str) -> None:
     with pytest.raises(DataError, match=what):
-        make()  # type: ignore[operator]
+        make()
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

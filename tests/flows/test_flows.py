@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from ablations.made import Made
+from ablations.made import TINY_PLAN, Made
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -230,20 +230,10 @@ def test_the_form_of_the_deployment_knows_the_variants() -> None:
     }
 
 
-PLAN = {
-    "title": "Tiny",
-    "base": {"run.rounds": 1},
-    "seeds": 2,
-    "axes": {"variant": {"orm": {"advantage.variant": "orm"}, "papo": {"advantage.variant": "papo"}}},
-    "compare": [{"against": {"variant": "orm"}, "measures": ["accuracy/tiny"]}],
-    "margins": {"accuracy": 0.02},
-}
-
-
 @pytest.fixture
 def made(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Made]]:
     """Runs of ablations are made by rule instead of by training; `tiny.yaml` is a plan of four."""
-    (checkout / "tiny.yaml").write_text(yaml.safe_dump(PLAN))
+    (checkout / "tiny.yaml").write_text(yaml.safe_dump(TINY_PLAN))
 
     def make(**how: str) -> Made:
         runs = Made(Place(checkout / "runs/ablations/tiny"), **how)
