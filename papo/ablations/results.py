@@ -1,4 +1,4 @@
-"""The results of an ablation as a folder: index.html, results.json, comparisons.csv, claims.csv, plots/*.png."""
+"""The results of an ablation as a folder: index.html, results.md, results.json, comparisons.csv, claims.csv, plots/*.svg and *.png."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from papo.ablations.evidence import Answered, Compared, Level, answer, compare, levels, shown
+from papo.ablations.evidence import Answered, Compared, Level, answer, compare, levels
+from papo.ablations.markdown import as_markdown
 from papo.ablations.measures import Measured
 from papo.ablations.plan import Arm, Plan, Run
 from papo.ablations.plots import TITLES, Line, Panel, panel, stacked
 from papo.ablations.scaling import Fit, fits
+from papo.ablations.words import SHARES, difference, level, listed, percent, ticked
 from papo.ablations.work import Found, Place, look
 from papo.engines.reporting.page import fill
-from papo.engines.reporting.plots import DARK, LIGHT, Plot, draw
+from papo.engines.reporting.plots import DARK, LIGHT, Plot, draw, standalone
 from papo.engines.versioning import git_commit
 from papo.store.files import read_json, replacing, write_json
 from papo.store.layout import Workspace
-
-SHARES = ("_share", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Results:
             told = {"holds": "hold", "does not hold": "do not hold", "undecided": "are undecided"}
             one = {"holds": "holds", "does not hold": "does not hold", "undecided": "is undecided"}
             parts = [f"{count} {(one if count == 1 else told)[word]}" for count, word in counts if count]
-            return f"Of {len(self.answered)} claims {_listed(parts)}.{whole}"
+            return f"Of {len(self.answered)} claims {listed(parts)}.{whole}"
         decided = [one for one in self.compared if one.verdict is not None and one.verdict.word != "undecided"]
         return f"{len(decided)} of {len(self.compared)} comparisons are decided.{whole}"
 
@@ -160,11 +160,18 @@ def write(results: Results, place: Place, *, command: str) -> Path:
         (folder / "plots").mkdir(parents=True)
         drawn = [(plot, draw(plot, what, folder / "plots")) for plot, what in panels(results)]
         page = fill(
-            "ablation.html.j2", {"percent": _percent, "number": _number, "difference": difference, "size": shown},
+            "ablation.html.j2", {"percent": percent, "number": level, "difference": difference, "ticked": ticked},
             results=results, content=content, plots=drawn, light=LIGHT, dark=DARK, columns=_columns(results), levels=_by_arm(results),
-            confidence=_percent(results.plan.confidence, 0), command=command,
+            confidence=percent(results.plan.confidence, 0), command=command,
         )  # fmt: skip
         (folder / "index.html").write_text(page, encoding="utf-8")
+        for plot, svg in drawn:
+            if svg is not None:
+                (folder / "plots" / f"{plot.name}.svg").write_text(standalone(svg), encoding="utf-8")
+        content["plots"] = [
+            {"name": plot.name, "title": plot.title, "caption": plot.caption} for plot, svg in drawn if svg
+        ]
+        (folder / "results.md").write_text(as_markdown(content), encoding="utf-8")
         write_json(folder / "results.json", content)
         (folder / "comparisons.csv").write_text(_csv(content["comparisons"]), encoding="utf-8")
         (folder / "claims.csv").write_text(_csv([_flat(claim) for claim in content["claims"]]), encoding="utf-8")
@@ -178,6 +185,8 @@ def as_json(results: Results, command: str) -> dict[str, Any]:
     return {
         "plan": results.name,
         "title": plan.title,
+        "about": plan.about,
+        "verdict": results.verdict,
         "plan_digest": plan.digest,
         "command": command,
         "commit": git_commit(Path()),
@@ -354,7 +363,7 @@ def _along(results: Results, benchmark: str, axis: str) -> tuple[Plot, Panel]:
             lines.append(
                 Line(name or benchmark, number + 1, x, np.array([(v.value, v.low, v.high) for _, v in there]).T)
             )
-    caption = f"avg@k of the final policies with {_percent(plan.confidence, 0)} intervals over seeds and problems."
+    caption = f"avg@k of the final policies with {percent(plan.confidence, 0)} intervals over seeds and problems."
     return panel(
         _file(f"along {axis} {benchmark}"), f"Accuracy on {benchmark}, by {axis.rpartition('.')[2]}", caption, "levels",
         Panel(lines, True, xlabel=axis, ticks=labels),
@@ -402,35 +411,6 @@ def _by_arm(results: Results) -> dict[str, dict[str, Level]]:
     for one in results.levels:
         found[one.arm][one.measure] = one
     return found
-
-
-def _percent(share: float, decimals: int = 1) -> str:
-    return f"{100 * share:.{decimals}f}\N{NO-BREAK SPACE}%"
-
-
-def _number(value: float, measure: str) -> str:
-    """A level of a measure."""
-    kind, _, rest = measure.partition("/")
-    if kind in ("accuracy", "gain", "fall") or rest.endswith(SHARES):
-        return f"{100 * value:.1f}"
-    return (
-        f"{value:,.0f}"
-        if abs(value) >= 1000
-        else f"{value:.1f}"
-        if kind == "length" or "length" in rest
-        else f"{value:.3g}"
-    )
-
-
-def difference(value: float, measure: str) -> str:
-    """A difference of a measure, with its sign."""
-    text = _number(abs(value), measure)
-    sign = "+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else ""
-    return f"{sign}{text}"
-
-
-def _listed(items: Sequence[str]) -> str:
-    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
 def _plain(value: float) -> float | None:

@@ -42,7 +42,7 @@ class Difference(NamedTuple):
     """The mean of d with its interval, and the mean squares it comes from.
 
     `problems` is 1 where there is one value a seed; `left_out`: problems that had no value in some seed. `effect`: the mean over the
-    standard deviation between seeds, with Hedges' correction for few of them; NaN where seeds do not differ.
+    standard deviation between seeds, with Hedges' correction for few of them; NaN where seeds do not differ, and of two seeds.
     """
 
     value: float
@@ -248,8 +248,10 @@ def _difference(
 ) -> Difference:  # fmt: skip
     reach = _t_point((1.0 - _confident(confidence)) / 2.0, freedom) * error
     spread = float(of_seed.std(ddof=1))
-    # Hedges and Olkin (1985): a standardised mean of few is too large by about 3 / (4 n - 5).
-    effect = value / spread * (1.0 - 3.0 / (4.0 * of_seed.size - 5.0)) if spread > 0.0 else math.nan
+    # Hedges and Olkin (1985): a standardised mean of few is too large by about 3 / (4 n - 5), of two by no bound.
+    effect = (
+        value / spread * (1.0 - 3.0 / (4.0 * of_seed.size - 5.0)) if spread > 0.0 and of_seed.size > 2 else math.nan
+    )
     return Difference(
         value, value - reach, value + reach, error, freedom, of_seed.size, problems, left_out, effect, *squares
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from ablations.made import PROBLEMS, make, make_run, plan
 from checkout import TINY
 
 from papo.ablations.evidence import words
+from papo.ablations.markdown import as_markdown
 from papo.ablations.measures import Measured
 from papo.ablations.plan import expand
 from papo.ablations.results import Results, gather, write
@@ -105,6 +108,17 @@ def test_the_page_and_its_files(results: Results, tmp_path: Path) -> None:
     rows = list(csv.DictReader((folder / "comparisons.csv").read_text().splitlines()))
     assert [row["verdict"] for row in rows[:1]] == ["better"]
     assert list((folder / "plots").glob("*.png"))
+    told = (folder / "results.md").read_text()
+    assert told == as_markdown(content)
+    assert (
+        "| 1. PAPO ends above ORM | 51.3 against 46.3 | `accuracy/sums-hard`, papo, steps against orm, steps: +2"
+        in told
+    )
+    drawn = [folder / image for image in re.findall(r"!\[.*\]\((.*)\)", told)]
+    assert len(drawn) >= 6
+    for plot in drawn:
+        assert "prefers-color-scheme:dark" in plot.read_text()
+        ElementTree.parse(plot)
 
 
 def test_what_is_not_done_yet_is_said_and_leaves_comparisons_undecided(tmp_path: Path) -> None:
@@ -116,7 +130,7 @@ def test_what_is_not_done_yet_is_said_and_leaves_comparisons_undecided(tmp_path:
             make_run(run, place, chances)
     some = gather("made", found, runs, place)
     assert some.done == 3
-    assert some.compared[0].words == "no verdict: 1 seeds of both are done, and it takes two"
+    assert some.compared[0].words == "no verdict: 1 seed of both is done, and it takes two"
     assert some.answered[0].answer == "undecided"
     assert some.verdict == "Of 1 claims 1 is undecided. So far: 3 of 12 runs are done."
     page = write(some, place, command="papo ablate made").read_text()

@@ -111,6 +111,24 @@ def test_a_plan_is_read_by_name_or_file_and_its_errors_name_the_key(tmp_path: Pa
         expand(read_plan(path))
 
 
+def test_a_plan_takes_over_what_another_says_and_changes_some_of_it(tmp_path: Path) -> None:
+    whole, more = tmp_path / "whole.yaml", tmp_path / "more.yaml"
+    whole.write_text(
+        "{title: Whole, base: {run.rounds: 4, advantage.lam: 1}, seeds: 3, axes: {advantage.variant: [orm, papo]}}"
+    )
+    more.write_text(f"{{title: More, extends: {whole}, base: {{run.rounds: 8}}, seeds: 2}}")
+    found = read_plan(more)
+    assert (found.title, found.seeds, list(found.axes)) == ("More", [0, 1], ["advantage.variant"])
+    assert found.base == {"run.rounds": 8, "advantage.lam": 1}
+    more.write_text("{title: More, extends: nothing}")
+    with pytest.raises(ParamsError, match="there is no ablation plan 'nothing'") as raised:
+        read_plan(more)
+    assert raised.value.where == f"{more}: extends"
+    more.write_text(f"{{title: More, extends: {more}}}")
+    with pytest.raises(ParamsError, match="no plan that another can extend"):
+        read_plan(more)
+
+
 def test_an_arm_that_is_left_out_cannot_be_compared_with() -> None:
     found = plan(leave_out=[{"variant": "orm", "judge": "gullible"}])
     assert len(found.arms) == 3

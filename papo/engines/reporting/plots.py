@@ -86,6 +86,19 @@ def _inline(svg: str, label: str) -> str:
     return re.sub(r"\n\s*", "\n", svg).strip()
 
 
+def standalone(svg: str) -> str:
+    """An inline plot as a file of its own, which brings the colours and the page behind it."""
+
+    def colours(scheme: dict[str, str]) -> str:
+        return "svg{" + "".join(f"--{name}:{colour};" for name, colour in scheme.items()) + "}"
+
+    style = f"<style>{colours(LIGHT)}@media (prefers-color-scheme:dark){{{colours(DARK)}}}</style>"
+    page = '<rect width="100%" height="100%" style="fill: var(--page)"/>'
+    opening = svg[: svg.index(">") + 1]
+    names = ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f"{opening[:-1]}{names}>{style}{page}{svg[len(opening) :]}\n"
+
+
 def axes_of(figure: Figure, *, percent: bool = True, xlabel: str = "round") -> Axes:
     """The axes of a figure that has one plot."""
     axes = figure.subplots()
