@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from papo.errors import ParamsError
 from papo.params import Params, load_params
@@ -38,8 +38,8 @@ from papo.pipeline import lineage
 
 PLANS = Path("infra/ablations")
 
-Labels = dict[str, str]
-"""One label of an axis, or of several, by axis."""
+Labels = dict[str, Annotated[str, BeforeValidator(lambda value: label_of(value))]]
+"""One label of an axis, or of several, by axis; a number is the label of its value."""
 
 Override = dict[str, Any]
 """Values by the dotted name of a param."""

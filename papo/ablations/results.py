@@ -230,7 +230,7 @@ def _run(one: Found) -> dict[str, Any]:
         "state": one.state,
         "why": one.why,
         "id": record.id if record is not None else None,
-        "lineage": one.run.lineage,
+        "lineage": record.lineage if record is not None else one.run.lineage,
         "seconds": round(one.seconds, 1),
         "cost": one.cost,
         "starts": len(record.starts) if record is not None else 0,

@@ -1,8 +1,8 @@
 """The runs of a plan, each in a workspace of its own: which are done, and doing the others within a budget.
 
-Nothing is kept of a run beside its workspace: a run is done if its record there says so for the params and the code of now. So whoever
-ends an ablation, by a budget or by kill -9, the next start goes on with the runs that are left, and a run that was under way goes on
-where it stopped.
+Nothing is kept of a run beside its workspace: a run is done if its record there says so for the params and the code of now, but for the
+code of its report. So whoever ends an ablation, by a budget or by kill -9, the next start goes on with the runs that are left, and a run
+that was under way goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+from pydantic import ValidationError
 
 from papo.ablations.plan import Run
 from papo.errors import DataError, ParamsError, StageError
 from papo.lineage.record import RunRecord, read_record
-from papo.pipeline import CODE
+from papo.params import Params
+from papo.pipeline import CODE, lineage
 from papo.session import share_start
 from papo.store.faults import reached
 from papo.store.files import read_json, write_json
@@ -100,18 +102,30 @@ def cost_of(record: RunRecord) -> float:
 def look(run: Run, place: Place) -> Found:
     """How a run stands, by the records in its workspace."""
     records = []
-    for path in place.workspace(run).records.glob(f"{run.lineage}-*.json"):
+    for path in place.workspace(run).records.glob("*.json"):
         with suppress(
             DataError
         ):  # `papo lineage` says what is wrong with it; the run is found done, or done again, by its manifests
             records.append(read_record(path))
-    last = max(records, key=lambda record: record.last.at, default=None)
+    last = max((one for one in records if _is_of(one, run)), key=lambda record: record.last.at, default=None)
     if last is None:
         ended = place.ended(run)
         said = read_json(ended) if ended.is_file() else {}
         return Found(run, "failed", None, said["why"]) if said.get("lineage") == run.lineage else Found(run, "open")
     states: dict[str, State] = {"finished": "done", "failed": "failed", "stopped": "stopped"}
     return Found(run, states.get(last.state, "unfinished"), last, last.last.why)
+
+
+def _is_of(record: RunRecord, run: Run) -> bool:
+    """Whether the record is of the params and code of now; those that only wrote its report may be others."""
+    if record.lineage == run.lineage:
+        return True
+    if any(record.code.get(stage) != code_digest(CODE[stage]) for stage in CODE if stage != "report"):
+        return False
+    try:
+        return lineage(Params.model_validate(record.params)) == run.lineage
+    except ValidationError:
+        return False  # of another version
 
 
 class Budget:

@@ -91,7 +91,7 @@ def make_run(
     record = RunRecord.model_validate(
         {
             "id": new_id(run.lineage), "lineage": run.lineage, "name": run.name, "workspace": str(workspace.root), "checkout": ".",
-            "params": run.params.flat(), "code": {}, "files": {}, "judge": {"name": "steps"}, "environment": environment(),
+            "params": run.params.model_dump(mode="json"), "code": {}, "files": {}, "judge": {"name": "steps"}, "environment": environment(),
             "tracking": {"enabled": False, "uri": "", "experiment": "papo"}, "steps": steps,
             "starts": [{"at": now(), "ended": now(), "how": how, "why": why, **this_process()}],
         }

@@ -21,6 +21,7 @@ from papo.ablations.plan import Run, expand
 from papo.ablations.work import Budget, Place, look, take_start, work
 from papo.cli import main
 from papo.errors import ParamsError
+from papo.lineage.describe import code_by_stage
 from papo.store.layout import Workspace, manifest_path
 
 
@@ -134,6 +135,16 @@ def test_other_code_or_params_make_a_run_open_again(tmp_path: Path, monkeypatch:
     (other,) = expand(plan(seeds=1, axes={"v": {"one": {"advantage.lam": 0.5}}}, compare=[]))
     assert other.name == run.name
     assert look(other, Place(tmp_path)).state == "open"
+
+
+@pytest.mark.parametrize(("stage", "state"), [("report", "done"), ("train", "open")])
+def test_only_the_code_of_the_report_may_be_another(stage: str, state: str, tmp_path: Path) -> None:
+    (run,) = expand(plan(seeds=1, axes={"v": {"one": {}}}, compare=[]))
+    make_run(run, Place(tmp_path), even)
+    (path,) = Place(tmp_path).workspace(run).records.glob("*.json")
+    changed = json.loads(path.read_text()) | {"lineage": "0" * 12, "code": code_by_stage() | {stage: "another"}}
+    path.write_text(json.dumps(changed))
+    assert look(run, Place(tmp_path)).state == state
 
 
 @pytest.mark.slow
