@@ -318,7 +318,7 @@ def _end_with_parent() -> None:  # pragma: no cover  # in the child, before it i
 
 
 def make_start(run: Run, place: Place, *, preset: Sequence[str] = (), say: Say) -> None:
-    """Problem sets and warm start of a run, for all that have the same; taken over from the checkout or another start where they are.
+    """Problem sets and warm start of a run, for all that have the same; taken over from another plan's, the checkout's or another start.
 
     Raises:
         StageError: a stage failed; what it said is in the log.
@@ -330,7 +330,8 @@ def make_start(run: Run, place: Place, *, preset: Sequence[str] = (), say: Say) 
     with exclusive(start, wait_s=3600.0):
         if made.is_file() and read_json(made) == code:
             return
-        for other in (Workspace(Path()), *map(Workspace, sorted(place.root.glob("start-*")))):
+        same, others = place.root.parent.glob(f"*/{start.root.name}"), place.root.glob("start-*")
+        for other in map(Workspace, (*sorted(same), Path(), *sorted(others))):
             if other.root.resolve() != start.root.resolve():
                 share_start(other, start)
     for stage in code:

@@ -18,7 +18,7 @@ from checkout import TINIEST
 from papo.ablations import work as module
 from papo.ablations.command import metrics_of, open_ablation
 from papo.ablations.plan import Run, expand
-from papo.ablations.work import Budget, Place, look, take_start, work
+from papo.ablations.work import Budget, Place, look, make_start, take_start, work
 from papo.cli import main
 from papo.errors import ParamsError
 from papo.lineage.describe import code_by_stage
@@ -135,6 +135,20 @@ def test_other_code_or_params_make_a_run_open_again(tmp_path: Path, monkeypatch:
     (other,) = expand(plan(seeds=1, axes={"v": {"one": {"advantage.lam": 0.5}}}, compare=[]))
     assert other.name == run.name
     assert look(other, Place(tmp_path)).state == "open"
+
+
+def test_the_start_of_another_plan_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run,) = expand(plan(seeds=1, axes={"v": {"one": {}}}, compare=[]))
+    there, here = (Place(tmp_path / name).start(run) for name in ("other", "this"))
+    there.warmstart.mkdir(parents=True)
+    (there.warmstart / "content").write_text("learned")
+    manifest_path(there.warmstart).write_text("{}")
+    stages: list[str] = []
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(module.subprocess, "run", lambda command, **_: stages.append(command[3]) or done)
+    make_start(run, Place(tmp_path / "this"), say=lambda _: None)
+    assert (here.warmstart / "content").read_text() == "learned"
+    assert stages == ["prepare", "warmstart"]  # which say whether it is what they would make
 
 
 @pytest.mark.parametrize(("stage", "state"), [("report", "done"), ("train", "open")])
