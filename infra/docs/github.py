@@ -26,8 +26,9 @@ class GitHub(Extension):
     page = ""
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
-        md.parser.blockprocessors.register(_Begins(md.parser), "begins", 12)  # of all but the paragraph (10) the last
-        md.treeprocessors.register(_Links(self), "out_of_docs", 10)  # when links are parsed (20), before MkDocs follows them (0)
+        # The last but the paragraph (10); and when links are parsed (20), before MkDocs looks where they lead (0).
+        md.parser.blockprocessors.register(_Begins(md.parser), "begins", 12)
+        md.treeprocessors.register(_Links(self), "out_of_docs", 10)
 
 
 class _Begins(BlockProcessor):
@@ -61,7 +62,8 @@ class _Links(Treeprocessor):
                 link.text, link[:] = None, []
             shown = SubElement(link, "span")
             code = SubElement(shown, "code")
-            shown.text, code.text, code.tail = ("", AtomicString(path), "") if named else (" (", AtomicString(path), ")")
+            shown.text, code.tail = ("", "") if named else (" (", ")")
+            code.text = AtomicString(path)
 
 
 _GITHUB = GitHub()

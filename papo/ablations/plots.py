@@ -86,16 +86,14 @@ def _curves(figure: Figure, shown: Panel) -> bool:
 def _levels(figure: Figure, shown: Panel) -> bool:
     """A mark an arm, with its interval; along a numeric axis joined by lines."""
     axes = axes_of(figure, percent=shown.percent, xlabel=shown.xlabel)
-    drawn = False
-    for line in shown.lines:
-        if not line.values.size or np.isnan(line.values[0]).all():
-            continue
-        drawn = True
+    drawn = [line for line in shown.lines if line.values.size and not np.isnan(line.values[0]).all()]
+    for number, line in enumerate(drawn):
         value, low, high = line.values
         reach = np.nan_to_num(np.maximum([value - low, high - value], 0.0))
         style = line.style % len(COLOURS)
         axes.errorbar(
-            line.x, value, yerr=reach, color=LIGHT[COLOURS[style]], label=line.label, linewidth=1.2, capsize=2.5,
+            line.x + 0.05 * (number - (len(drawn) - 1) / 2),  # side by side: intervals at one place would hide one another
+            value, yerr=reach, color=LIGHT[COLOURS[style]], label=line.label, linewidth=1.2, capsize=2.5,
             marker=MARKERS[style], markersize=4.5, linestyle=DASHES[line.style % len(DASHES)] if line.x.size > 1 else "none",
         )  # fmt: skip
     if drawn:
@@ -103,7 +101,7 @@ def _levels(figure: Figure, shown: Panel) -> bool:
             axes.set_xticks(range(len(shown.ticks)), list(shown.ticks))
             axes.margins(x=0.08)
         legend(figure, axes, columns=2)
-    return drawn
+    return bool(drawn)
 
 
 def _scatter(figure: Figure, shown: Panel) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -80,7 +81,9 @@ def _inline(svg: str, label: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg)
     box = re.search(r'viewBox="[^"]*"', svg)
-    svg = re.sub(r"<svg[^>]*>", f'<svg {box[0] if box else ""} role="img" aria-label="{label}">', svg, count=1)
+    svg = re.sub(
+        r"<svg[^>]*>", f'<svg {box[0] if box else ""} role="img" aria-label="{html.escape(label)}">', svg, count=1
+    )
     for name, colour in LIGHT.items():
         svg = svg.replace(colour, f"var(--{name})")
     return re.sub(r"\n\s*", "\n", svg).strip()
