@@ -1,30 +1,18 @@
-"""README and docs: links, paths, tables, and every command in them, which a test runs or which the table here says why not."""
+"""The commands of README and docs by the test that runs each, and their results. What else pages say is tested in test_pages.py."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import json
-import re
 import shlex
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
+from pages import ROOT, blocks, commands, pages
 
-from papo import cli
 from papo.ablations.markdown import as_markdown
-from papo.ablations.plan import Plan, expand, read_plan
-from papo.params import Params, load_params
-
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "infra").rglob("README.md"))]
-MADE = [ROOT / "CHANGELOG.md", *sorted((ROOT / "docs/results").glob("*.md"))]
 
 # Each command of papo by the test that runs it; what a page writes behind it is parsed, and its params are loaded.
 OF_PAPO = {
@@ -59,6 +47,10 @@ OTHERS = {
     "dvc remote add": "test_dvc.py::test_a_remote_is_one_command_away",
     "dvc push": "test_dvc.py::test_a_remote_is_one_command_away",
     "mlflow ui": "test_servers.py, by its other name, mlflow server",
+    "prefect deployment run papo/train-eval": "flows/test_deployments.py::test_train_eval_runs_in_the_checkout",
+    "prefect deployment run papo/nightly-ablations": "flows/test_deployments.py::test_the_ablations_are_scheduled_every_night_and_complete",
+    "prefect deployment run papo/evaluate": "flows/test_deployments.py::test_the_flow_has_its_deployments",
+    "prefect deploy": "flows/test_deployments.py::test_the_flow_has_its_deployments",
     "prefect server start": "flows/test_deployments.py",
     "prefect worker start --pool papo": "flows/test_deployments.py",
     "python -m flows.setup": "flows/test_deployments.py::test_the_flow_has_its_deployments",
@@ -73,273 +65,60 @@ OTHERS = {
     "ray start": "flows/test_spread.py, by its function of the same name",
     "docker compose": "test_servers_infra.py::test_a_container_starts_as_the_script_starts_it",
     "kubectl": "test_servers_infra.py::test_kubectl_makes_the_objects_that_need_no_cluster",
+    "pg_dump": "test_servers.py::test_a_dump_holds_the_record",
+    "pg_restore": "test_servers.py::test_a_dump_holds_the_record",
+    "systemctl": "a machine of a cluster",
+    "systemd-run": "a machine of a cluster",
+    "exec": "the shell's own",
+    "export": "the shell's own",
+    "cd": "the shell's own",
+    "bash -c": "the shell's own",
     "pip install": "downloads",
     "python3 -m venv": "downloads",
     "hf download": "downloads",
     "eval": "test_servers_infra.py::test_a_terminal_is_told_what_clients_need_and_nothing_of_the_servers",
 }
-PROGRAMS = ("papo", "make", "dvc", "mlflow", "prefect", "python", "python3", "pytest", "ray", "docker", "kubectl", "pip", "export",
-            "infra/judge/serve", "infra/servers/serve", "infra/servers/secrets")  # fmt: skip
-ASSIGNED = re.compile(r"^[A-Z_]+=\S*$")
 
 
-@dataclass(frozen=True)
-class Block:
-    """A block of code: the page, its first line, and its text without indentation."""
-
-    page: Path
-    line: int
-    text: str
-
-    @property
-    def commands(self) -> bool:
-        words = [word for word in self.text.split() if not ASSIGNED.match(word)]
-        return bool(words) and words[0] in PROGRAMS and not re.match(r"\w+: ", self.text)
+def test_every_command_of_the_pages_is_one_that_a_test_runs() -> None:
+    wrong, used = [], set()
+    for command in (one for page in pages(commands=True) for block in blocks(page) for one in commands(block)):
+        row = row_of(command.words)
+        if row is None:
+            wrong.append(f"{command.page}:{command.line}: {shlex.join(command.words)}")
+        used.add(row)
+    assert not wrong, "name the test that runs it at the top of this file, or why none does:\n" + "\n".join(wrong)
+    assert used == OF_PAPO.keys() | OTHERS.keys(), "rows that no page needs"
 
 
-@dataclass(frozen=True)
-class Command:
-    where: str
-    words: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return shlex.join(self.words)
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    """Those that are indented by four spaces after an empty line, each up to the next one, and those between fences."""
-    lines = page.read_text().splitlines()
-    number = 0
-    while number < len(lines):
-        first = number
-        if lines[number].startswith("```"):
-            number += 1
-            while not lines[number].startswith("```"):
-                number += 1
-            yield Block(page, first + 2, "\n".join(lines[first + 1 : number]))
-        elif lines[number].startswith("    ") and (number == 0 or not lines[number - 1].strip()):
-            while number < len(lines) and lines[number].startswith("    "):
-                number += 1
-            yield Block(page, first + 1, "\n".join(line[4:] for line in lines[first:number]).rstrip())
-            number -= 1
-        number += 1
+def row_of(words: tuple[str, ...]) -> str | None:
+    """The key of a table that stands for a command."""
+    if words[0] == "papo":
+        return words[1] if words[1] in OF_PAPO else None
+    text = " ".join(Path(word).name if word.startswith(".venv") else word for word in words)
+    return max(
+        (row for row in OTHERS if f"{text} ".startswith(row if row.endswith("/") else f"{row} ")), key=len, default=None
+    )
 
 
-def commands() -> list[Command]:
-    """Those of all pages: lines are joined at a backslash, split at `;` and `&&`, and lose comments and variables before them."""
-    found = []
-    for page in PAGES:
-        for block in (one for one in blocks(page) if one.commands):
-            for offset, line in enumerate(re.sub(r"\\\n\s*", " ", block.text).splitlines()):
-                lexer = shlex.shlex(line, posix=True, punctuation_chars=";&")
-                lexer.whitespace_split, lexer.commenters = True, "#"
-                words: list[str] = []
-                for word in [*lexer, ";"]:
-                    if word not in (";", "&&"):
-                        words.append(word)
-                        continue
-                    while words and ASSIGNED.match(words[0]):
-                        words.pop(0)
-                    if words and words[0] != "export" and words != ["..."]:
-                        found.append(Command(f"{page.relative_to(ROOT)}:{block.line + offset}", tuple(words)))
-                    words = []
-    return found
-
-
-def test_every_command_is_one_that_a_test_runs_and_is_written_as_it_is_today(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    parser, wrong, used = cli._parser(), [], set()
-    for command in commands():
-        try:
-            if command.words[0] == "papo":
-                used.add(command.words[1])
-                _papo(parser, command.words[1:])
-            elif " ".join(command.words[:3]) == "prefect deployment run":
-                _deployment(command.words[3:])
-            else:
-                used.add(_other(command))
-        except (AssertionError, Exception, SystemExit) as error:
-            wrong.append(f"{command.where}: {command}: {type(error).__name__} {error}")
-    assert not wrong, "correct the page, or the table at the top of this file:\n" + "\n".join(wrong)
-    assert used == OF_PAPO.keys() | OTHERS.keys(), "rows of the tables that no page needs"
-
-
-def _papo(parser: object, words: tuple[str, ...]) -> None:
-    assert words[0] in OF_PAPO, "no test is named that runs it"
-    words = tuple(word for word in words if word != "...")
-    options = parser.parse_args(words)  # type: ignore[attr-defined]
-    if words[0] == "ablate":
-        expand(read_plan(options.plan), overrides=options.overrides)
-    elif words[0] not in ("lineage", "diff", "reproduce"):
-        preset = getattr(options, "preset", None)
-        _load(preset, getattr(options, "overrides", []))
-
-
-def _load(preset: str | None, overrides: list[str]) -> Params:
-    return load_params(preset=preset, overrides=overrides)
-
-
-def _deployment(words: tuple[str, ...]) -> None:
-    from flows.ablations import nightly_ablations
-    from flows.evaluate import evaluate
-    from flows.pipeline import train_eval
-
-    flows = {"train-eval": train_eval, "nightly-ablations": nightly_ablations, "evaluate": evaluate}
-    flow, name = words[0].split("/")
-    assert flow == "papo"
-    assert name in {one["name"] for one in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
-    given = [words[number + 1].split("=", 1) for number, word in enumerate(words) if word == "--param"]
-    flows[name].validate_parameters({key: _plain(value) for key, value in given})
-    unknown = {key for key, _ in given} - flows[name].parameters.properties.keys()
-    assert not unknown, f"no parameters of {name}: {unknown}"
-
-
-def _plain(value: str) -> object:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def _other(command: Command) -> str:
-    words = [Path(word).name if word.startswith(".venv") else word for word in command.words]
-    text = " ".join(words)
-    found = max((row for row in OTHERS if text == row or text.startswith((f"{row} ", row if row.endswith("/") else "\0"))), key=len,
-                default=None)  # fmt: skip
-    assert found is not None, "no test is named that runs it, and no reason why none does"
-    if words[0] == "make":
-        assert (
-            subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, check=False).returncode
-            == 0
-        )
-    elif words[0] == "python":
-        file = ROOT / (f"{words[2].replace('.', '/')}.py" if words[1] == "-m" else words[1])
-        _options(file, [word for word in words[2:] if word.startswith("--")])
-    elif words[0] == "pytest":
-        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
-    elif words[0].startswith("infra/"):
-        assert (ROOT / words[0]).is_file()
-    return found
-
-
-def _options(file: Path, options: list[str]) -> None:
-    text = file.read_text()
-    shared = (ROOT / "papo/cli.py").read_text() if file.parent.name == "flows" else ""
-    for option in options:
-        assert f'"{option}"' in text + shared, f"{file.name} has no option {option}"
-
-
-@pytest.mark.parametrize(
-    "row", [*OF_PAPO.values(), *(value for value in OTHERS.values() if value.startswith(("test_", "flows/")))]
-)
+@pytest.mark.parametrize("row", [*OF_PAPO.values(), *(value for value in OTHERS.values() if ".py" in value)])
 def test_the_test_that_runs_a_command_is_there(row: str) -> None:
     file, _, name = row.split(",")[0].partition("::")
     tree = ast.parse((ROOT / "tests" / file).read_text())
     assert not name or name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_what_is_wrong_with_a_command_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    parser = cli._parser()
-    for words in ("run --set advantage.lambda=1", "run --preset none", "run --often", "ablate none", "fly"):
-        with pytest.raises((Exception, SystemExit, AssertionError)):
-            _papo(parser, tuple(words.split()))
-    for words in ("papo/none", "papo/evaluate --param policies=final", "papo/train-eval --param rounds=many"):
-        with pytest.raises((Exception, AssertionError)):
-            _deployment(tuple(words.split()))
-    for words in ("make coffee", "python tests/benchmarks/bench_none.py", "python -m flows.setup --nothing", "curl x"):
-        with pytest.raises((Exception, AssertionError)):
-            _other(Command("here", tuple(words.split())))
-
-
-# ---- links and paths ----
-
-
-def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-
-
-@pytest.mark.parametrize("page", [*PAGES, *MADE], ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere_and_paths_are_there(page: Path) -> None:
-    text = page.read_text()
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith(("https://", "mailto:")):
-            continue
-        path, _, anchor = target.partition("#")
-        file = (page.parent / path).resolve() if path else page
-        assert file.exists(), f"{page.name}: {target}"
-        if anchor:
-            anchors = [slug(heading) for heading in re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)]
-            assert anchor in anchors, f"{page.name}: {target}"
-    for path in re.findall(r"`((?:papo|docs|tests|infra|flows)/[\w./*-]+)`", text):
-        elsewhere = path == "infra/.env" or path.startswith(
-            ("papo/train-eval", "papo/evaluate", "papo/nightly-ablations")
-        )
-        assert elsewhere or any(ROOT.glob(path.rstrip("/"))), f"{page.name}: {path}"
-
-
-def test_python_and_plans_in_pages_are_valid() -> None:
-    plans = 0
-    for page in PAGES:
-        for block in blocks(page):
-            if re.match(r"(from|import) ", block.text):
-                ast.parse(block.text)
-            elif block.text.startswith("title: "):
-                Plan.model_validate(yaml.safe_load(block.text))
-                plans += 1
-    assert plans >= 1
-
-
-# ---- the site ----
-
-
-class Seen(HTMLParser):
-    """What a page asks for, and the text of its paragraphs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-        self.paragraphs: list[str] = []
-        self._inside = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        if tag in ("script", "img", "link", "iframe"):
-            self.asked.append(given.get("src") or given.get("href") or "")
-        if tag == "p":
-            self._inside = True
-            self.paragraphs.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = self._inside and tag != "p"
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.paragraphs[-1] += data
-
-
-def test_the_site_is_built_without_a_warning_and_asks_for_nothing_elsewhere(tmp_path: Path) -> None:
-    built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert built.returncode == 0, built.stderr
-    pages = list(tmp_path.rglob("*.html"))
-    assert len(pages) >= 20
-    for page in pages:
-        seen = Seen()
-        seen.feed(page.read_text())
-        assert not [address for address in seen.asked if address.startswith(("http", "//"))], page
-        # A list or a table right after a paragraph is one on GitHub, and text here.
-        swallowed = [text for text in seen.paragraphs if re.search(r"^(- |\d+\. |\|)", text, re.MULTILINE)]
-        assert not swallowed, f"{page.name}: {swallowed[0][:200]}"
+def test_a_command_that_nothing_runs_is_seen() -> None:
+    assert row_of(("papo", "fly")) is None
+    assert row_of(("make", "coffee")) is None
+    assert row_of(("python", "tests/benchmarks/bench_judge.py")) == "python tests/"
 
 
 # ---- results ----
 
 
-def _publish() -> object:
+@pytest.fixture(scope="module")
+def publish() -> Any:
     spec = importlib.util.spec_from_file_location("publish", ROOT / "infra/docs/publish.py")
     assert spec is not None
     assert spec.loader is not None
@@ -348,22 +127,20 @@ def _publish() -> object:
     return module
 
 
-def test_results_are_published_as_they_were_measured() -> None:
-    publish = _publish()
-    contents = publish.published()  # type: ignore[attr-defined]
+def test_results_are_published_as_they_were_measured(publish: Any) -> None:
+    contents = publish.published()
     assert {"claims", "judge-noise"} <= {content["plan"] for content in contents}
     for content in contents:
         assert (ROOT / f"docs/results/{content['plan']}.md").read_text() == as_markdown(content, content["plan"])
         for plot in content["plots"]:
             assert (ROOT / f"docs/results/{content['plan']}/{plot['name']}.svg").is_file()
-    for page, folder in ((ROOT / "docs/results.md", "results"), (ROOT / "README.md", "docs/results")):
-        text = page.read_text()
+    for page, folder in (("docs/results.md", "results"), ("README.md", "docs/results")):
+        text = (ROOT / page).read_text()
         assert publish.BEGIN in text
-        assert publish.with_claims(text, contents, folder) == text  # type: ignore[attr-defined]
+        assert publish.with_claims(text, contents, folder) == text
 
 
-def test_a_report_is_published(tmp_path: Path) -> None:
-    publish = _publish()
+def test_a_report_is_published(publish: Any, tmp_path: Path) -> None:
     report = tmp_path / "report"
     (report / "plots").mkdir(parents=True)
     content = json.loads((ROOT / "docs/results/claims.json").read_text())
@@ -372,8 +149,8 @@ def test_a_report_is_published(tmp_path: Path) -> None:
     (report / "results.json").write_text(json.dumps(content))
     (tmp_path / "docs").mkdir()
     for page in ("docs/results.md", "README.md"):
-        (tmp_path / page).write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")  # type: ignore[attr-defined]
-    publish.main([str(report)], tmp_path)  # type: ignore[attr-defined]
+        (tmp_path / page).write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
+    publish.main([str(report)], tmp_path)
     told = (tmp_path / "README.md").read_text()
     assert told.startswith("before\n")
     assert told.endswith("after\n")

@@ -188,7 +188,8 @@ def show(results: Results, place: Place) -> None:
     lines = [
         results.verdict,
         f"work     {saved.worked / 60:.0f} min in {saved.wall / 60:.0f} min by the clock; "
-        f"{saved.runs} runs and {saved.starts} warm starts stand for {saved.wanted}, {100 * saved.share:.0f} % saved",
+        f"{saved.runs} runs and {saved.starts} warm start{'s' if saved.starts != 1 else ''} stand for {saved.wanted}, "
+        f"{100 * saved.share:.0f} % saved",
         f"report   {place.report / 'index.html'}",
     ]
     show_tables([("Claims", claims), ("Comparisons", compared), ("Runs that failed", failed)], lines)

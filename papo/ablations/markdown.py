@@ -45,10 +45,13 @@ def table_of_claims(claims: Sequence[tuple[Mapping[str, Any], str]]) -> str:
     """One line a claim: what is said, what was measured for each of its needs, the verdict, and where it comes from."""
     rows = []
     for one, source in claims:
-        label = f"{one['name']}. " if one["name"].isdigit() else ""
         figures = "; ".join(dict.fromkeys(f"{_figure(need)}{unit(need['measure'])}" for need in one["needs"]))
-        rows.append([f"{label}{one['says']}", one["paper"], figures, f"**{one['answer']}**", source])
+        rows.append([_said(one), one["paper"], figures, f"**{one['answer']}**", source])
     return _table(("claim", "paper", "measured here", "verdict", "plan"), rows)
+
+
+def _said(claim: Mapping[str, Any]) -> str:
+    return f"{claim['name']}. {claim['says']}" if claim["name"].isdigit() else claim["says"]
 
 
 def _claim(one: Mapping[str, Any]) -> list[str]:
@@ -56,7 +59,7 @@ def _claim(one: Mapping[str, Any]) -> list[str]:
     for need in one["needs"]:
         against = f" against {need['against']}" if need["against"] else ""
         told.append(f"`{need['measure']}`, {need['arm']}{against}: {_figure(need)}, {need['verdict']}")
-    return [f"{one['name']}. {one['says']}", one["paper"], "<br>".join(told), f"**{one['answer']}**"]
+    return [_said(one), one["paper"], "<br>".join(told), f"**{one['answer']}**"]
 
 
 def _comparison(one: Mapping[str, Any]) -> list[str]:

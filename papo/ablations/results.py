@@ -234,7 +234,7 @@ def _run(one: Found) -> dict[str, Any]:
         "seconds": round(one.seconds, 1),
         "cost": one.cost,
         "starts": len(record.starts) if record is not None else 0,
-        "alarms": [alarm["name"] for alarm in record.alarms] if record is not None else [],
+        "alarms": list(dict.fromkeys(alarm["name"] for alarm in record.alarms)) if record is not None else [],
         "policy": next(iter(last.outputs.values()), None) if last is not None else None,
     }
 

@@ -33,8 +33,9 @@ def level(value: float, measure: str) -> str:
 
 def difference(value: float, measure: str) -> str:
     """A difference of a measure, with its sign."""
-    sign = "+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else ""
-    return f"{sign}{level(abs(value), measure)}"
+    size = level(abs(value), measure)
+    sign = "" if float(size.replace(",", "")) == 0 else "+" if value > 0 else "\N{MINUS SIGN}"
+    return f"{sign}{size}"
 
 
 def listed(items: Sequence[str]) -> str:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from papo.engines.protocols import Tracker
-from papo.engines.tracking import BackgroundTracker, NullTracker, make_tracker, without_password
+from papo.engines.tracking import ABLATION, BackgroundTracker, NullTracker, make_tracker, without_password
+from papo.engines.tracking.ablation import record_ablation
 from papo.engines.tracking.outbox import Outbox, Record
 from papo.params import Params, TrackingParams
 from papo.track import sync, waiting_runs
@@ -62,6 +63,26 @@ def outbox(tmp_path: Path) -> Path:
 def params(database: str) -> TrackingParams:
     """Of an experiment of the test's own."""
     return TrackingParams(uri=database, experiment=f"experiment-{next(_experiments)}")
+
+
+def test_an_ablation_has_its_runs_below_it_by_the_names_of_its_arms(
+    client: MlflowClient, params: TrackingParams, tmp_path: Path
+) -> None:
+    experiment = client.create_experiment("arms")
+    known = params.model_copy(update={"experiment": "arms"})
+    tags = {"papo.kind": "run", ABLATION: "claims-1", "papo.workspace": "/runs/ablations/claims/papo-gullible-seed0"}
+    mine = client.create_run(experiment, run_name="papo-seed0", tags=tags).info.run_id
+    other = client.create_run(experiment, run_name="papo-seed0", tags=tags | {ABLATION: "lam-1"}).info.run_id
+    for whole in (False, True):
+        told = {"name": "claims", "description": "All hold.", "facts": {"plan": "claims"}, "report": tmp_path}
+        record_ablation(known, "claims-1", **told, metrics={"runs": 1.0}, whole=whole)
+    (parent,) = client.search_runs([experiment], "tags.`papo.kind` = 'ablation'")
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["mlflow.note.content"] == "All hold."
+    child = client.get_run(mine)
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.info.run_name == "papo-gullible-seed0"
+    assert client.get_run(other).info.run_name == "papo-seed0"
 
 
 def records(outbox: Path) -> list[Record]:

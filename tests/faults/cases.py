@@ -47,7 +47,7 @@ def places(world: World, step: str) -> Iterator[At]:
                 yield At(where, point, label, 1)
                 if times > 1 and point in REPEATED:
                     # How many answers share a transaction goes by the pace: another run of the same work may need fewer of them.
-                    yield At(where, point, label, times * 2 // 3 if point == "committed" else times)
+                    yield At(where, point, label, times // 2 if point == "committed" else times)
 
 
 def every_case(world: World) -> Iterator[Case]:

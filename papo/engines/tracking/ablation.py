@@ -11,6 +11,7 @@ from papo.engines.tracking.mlflow import KIND, PARENT, TAG_LENGTH, prepare
 from papo.params import TrackingParams
 
 NOTE = "mlflow.note.content"
+WORKSPACE = "papo.workspace"
 
 
 def record_ablation(
@@ -59,6 +60,8 @@ def record_ablation(
     for run in mine:
         if run.data.tags.get(KIND) == "run" and run.data.tags.get(PARENT) != run_id:
             client.set_tag(run.info.run_id, PARENT, run_id)
+            # By arm and seed, as its workspace is called: runs name themselves by variant and seed, which arms may share.
+            client.update_run(run.info.run_id, name=Path(run.data.tags.get(WORKSPACE, run.info.run_name)).name)
     client.set_terminated(run_id, "FINISHED" if whole else "RUNNING")
     if known.uri.startswith(("http://", "https://")):
         return f"{known.uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
