@@ -149,11 +149,11 @@ def test_a_report_is_published(publish: Any, tmp_path: Path) -> None:
     (report / "results.json").write_text(json.dumps(content))
     (tmp_path / "docs").mkdir()
     for page in ("docs/results.md", "README.md"):
-        (tmp_path / page).write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
+        (tmp_path / page).write_text(f"before\n{publish.BEGIN}\nof yesterday\n{publish.END}\nafter\n")
     publish.main([str(report)], tmp_path)
     told = (tmp_path / "README.md").read_text()
     assert told.startswith("before\n")
     assert told.endswith("after\n")
-    assert "old" not in told
+    assert "of yesterday" not in told
     assert "| 1. PAPO ends above ORM |" in told
     assert "[claims](docs/results/claims.md)" in told

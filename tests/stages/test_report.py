@@ -316,6 +316,26 @@ def test_a_damaged_or_absent_manifest_is_named(tmp_path: Path) -> None:
         make(tmp_path, given)
 
 
+def test_a_round_without_a_group_to_show_has_a_page_all_the_same(
+    tmp_path: Path, small_round: Any, context: Context
+) -> None:
+    """Dynamic sampling may leave nothing but groups that are not worth a look: for ORM those with right and wrong responses."""
+    tables = {
+        "rollouts": small_round.rollouts(),
+        "orm": small_round.orm([1.0, 0.0] * 4),
+        "prm": small_round.prm([None] * 8),
+    }
+    given = advantage.Inputs(0, tables["rollouts"], tables["orm"], tables["prm"])
+    tables["advantages"] = tmp_path / "advantages.parquet"
+    advantage.run(AdvantageParams(variant="orm"), given, tables["advantages"], context=context)
+    found = read_responses(0, tables, groups=3, lam=1.0, scale="std", eps=1e-6)
+    assert found.gallery == []
+    (tmp_path / "run").mkdir()
+    made = dataclasses.replace(inputs(tmp_path / "run", [signals(0)]), tables=tables)
+    report.run(ReportParams(), made, tmp_path / "report", context=context)
+    assert (tmp_path / "report/index.html").is_file()
+
+
 def test_the_responses_of_the_last_round_are_shown(tmp_path: Path, small_round: Any, context: Context) -> None:
     """By hand: the second correct response of the first problem scores lower; a wrong one was not judged."""
     texts = [

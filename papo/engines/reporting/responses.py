@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from papo.core.advantages import compute_advantages, process_needed
 from papo.core.credit import split_steps
@@ -195,7 +196,7 @@ def _rows(path: Path, table: Any, wanted: set[int], *columns: str) -> dict[int, 
     start = 0
     for part in read_parts(path, table, *columns):
         here = sorted(row - start for row in wanted if start <= row < start + len(part))
-        taken = part.take(here)
+        taken = part.take(pa.array(here, pa.int64()))  # also where no row of this part is wanted
         for name in columns:
             for row, value in zip(here, values(taken, name), strict=True):
                 found[start + row][name] = value
