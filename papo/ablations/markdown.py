@@ -91,10 +91,11 @@ def _made(content: Mapping[str, Any]) -> str:
     saved, machine = content["saved"], content["environment"]
     commits = ", ".join(f"`{commit}`" for commit in content["commits_of_runs"])
     wall = f" in {saved['wall'] / 3600:.2f} h by the clock" if saved["nights"] else ""
+    starts = f"{saved['starts']} warm start{'s' if saved['starts'] != 1 else ''}"
     return (
         f"Plan `{content['plan']}`, digest `{content['plan_digest']}`; commit of the runs {commits}. {saved['worked'] / 3600:.2f} h "
-        f"of work{wall}: {saved['runs']} runs and {saved['starts']} warm start{'s' if saved['starts'] != 1 else ''} stand for {saved['wanted']} runs of arms, each with "
-        f"its own; {100 * saved['share']:.0f} % saved. {_listed([f'{key} {machine[key]}' for key in MACHINE if machine.get(key)])}."
+        f"of work{wall}: {saved['runs']} runs and {starts} stand for {saved['wanted']} runs of arms, each with its own; "
+        f"{100 * saved['share']:.0f} % saved. {_listed([f'{key} {machine[key]}' for key in MACHINE if machine.get(key)])}."
     )
 
 
