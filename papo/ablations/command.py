@@ -226,9 +226,9 @@ def description(ablation: Ablation, results: Results) -> str:
     benchmarks = ", ".join(f"`{name}/final/avg_at_k`" for name in ablation.runs[0].params.evaluate.benchmarks)
     lines += [
         "",
-        "The page with every plot is the artifact `report/index.html`. To compare runs here: the runs below this one (`+` in the list of "
-        f"runs, or the filter `tags.\\`{ABLATION}\\` = '{ablation.id}'`), select them, *Compare*; the charts to open are `accuracy`, "
-        f"`zero_advantage_share`, `groups_process_active_share` and `length_mean` by step, and {benchmarks}. Group the runs by the params "
+        "The page with every plot is the artifact `report/index.html`. To compare runs here: in the list of runs, the filter "
+        f"`tags.\\`{ABLATION}\\` = '{ablation.id}'`, the view of charts, and `+` beside this run for those below it; the charts to look for are "
+        f"`^accuracy$|zero_advantage_share$|groups_process_active_share|length_mean$` by round, and {benchmarks}. Group the runs by the params "
         f"{', '.join(f'`{key}`' for key in _varied(ablation))} to have means over seeds.",
     ]
     return "\n".join(lines)
