@@ -227,9 +227,9 @@ def description(ablation: Ablation, results: Results) -> str:
     lines += [
         "",
         "The page with every plot is the artifact `report/index.html`. To compare runs here: in the list of runs, the filter "
-        f"`tags.\\`{ABLATION}\\` = '{ablation.id}'`, the view of charts, and `+` beside this run for those below it; the charts to look for are "
-        f"`^accuracy$|zero_advantage_share$|groups_process_active_share|length_mean$` by round, and {benchmarks}. Group the runs by the params "
-        f"{', '.join(f'`{key}`' for key in _varied(ablation))} to have means over seeds.",
+        f"`tags.\\`{ABLATION}\\` = '{ablation.id}'`, the view of charts, and `+` beside this run for those below it; the charts to look "
+        f"for are `^accuracy$|zero_advantage_share$|groups_process_active_share|length_mean$` by round, and {benchmarks}. Group the runs by "
+        f"the params {', '.join(f'`{key}`' for key in _varied(ablation))} to have means over seeds.",
     ]
     return "\n".join(lines)
 
