@@ -228,8 +228,8 @@ def description(ablation: Ablation, results: Results) -> str:
         "",
         "The page with every plot is the artifact `report/index.html`. To compare runs here: in the list of runs, the filter "
         f"`tags.\\`{ABLATION}\\` = '{ablation.id}'`, the view of charts, and `+` beside this run for those below it; the charts to look "
-        f"for are `^accuracy$|zero_advantage_share$|groups_process_active_share|length_mean$` by round, and {benchmarks}. Group the runs by "
-        f"the params {', '.join(f'`{key}`' for key in _varied(ablation))} to have means over seeds.",
+        f"for are `^accuracy$|zero_advantage_share$|groups_process_active_share|length_mean$` by round, and {benchmarks}. Group the runs "
+        f"by the params {', '.join(f'`{key}`' for key in _varied(ablation))} to have means over seeds.",
     ]
     return "\n".join(lines)
 
