@@ -25,7 +25,7 @@ class GitHub(Extension):
 
     page = ""
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802  # Markdown calls it so
         # The last but the paragraph (10); and when links are parsed (20), before MkDocs looks where they lead (0).
         md.parser.blockprocessors.register(_Begins(md.parser), "begins", 12)
         md.treeprocessors.register(_Links(self), "out_of_docs", 10)
@@ -71,7 +71,7 @@ _GITHUB = GitHub()
 
 def on_config(config: MkDocsConfig) -> None:
     """Before the pages are read."""
-    config.markdown_extensions.append(_GITHUB)  # type: ignore[arg-type]
+    config.markdown_extensions.append(_GITHUB)  # type: ignore[arg-type]  # it takes an extension, too, and is declared to take names
     config.mdx_configs.setdefault("toc", {})["slugify"] = slug
 
 
