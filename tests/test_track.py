@@ -145,6 +145,8 @@ def test_a_delivery_that_is_killed_anywhere_loses_and_doubles_nothing(
     found, wanted = everything(killed, "papo"), everything(undisturbed, "papo")
     assert found == wanted
     assert sum(len(run["points"]) for run in wanted["runs"] if run["parent"]) == expected_points(rounds)
+    (whole,) = (run for run in wanted["runs"] if not run["parent"])
+    assert [point[:3] for point in whole["points"] if point[0] == "accuracy"] == [("accuracy", rounds - 1, 0.5)]
     assert (len(wanted["traces"]), len(wanted["models"]), len(wanted["runs"])) == (
         12 * rounds,
         int(where == "calls"),

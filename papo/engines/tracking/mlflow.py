@@ -197,8 +197,12 @@ class MlflowTracker:
         outputs = self._client.get_run(self._parent).outputs
         if entry.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
             self._client.log_outputs(self._parent, [LoggedModelOutput(entry.model_id, step=step)])
-        points = [(key, value, step) for key, value in metrics.items()]
-        self._client.log_batch(self._parent, metrics=list(_entities(points, self._now(), model_id=entry.model_id)))
+        points = list(
+            _entities(((key, value, step) for key, value in metrics.items()), self._now(), model_id=entry.model_id)
+        )
+        self._client.log_batch(self._parent, metrics=points)
+        # They are points of the run as well, which `finish` must not write a second time.
+        self._known(self._parent).update((point.key, point.step) for point in points)
         self._client.finalize_logged_model(entry.model_id, LoggedModelStatus.READY)
 
     def finish(self, status: str, metrics: Mapping[str, float], step: int) -> None:
