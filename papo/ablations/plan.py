@@ -57,7 +57,7 @@ KINDS = {
 }
 """First words of measures, and what comes after the slash; papo/ablations/measures.py says what each is."""
 
-UNUSED = {
+UNUSED: dict[str, tuple[str, ...]] = {
     "orm": ("score_prm.", "advantage.lam", "advantage.missing", "advantage.length_"),
     "prm": ("advantage.lam",),
     "mult": ("advantage.lam",),
@@ -332,6 +332,8 @@ def expand(plan: Plan, *, seeds: Sequence[int] | None = None, overrides: Sequenc
 
 def _used(overrides: Override) -> Override:
     unused = UNUSED.get(str(overrides.get("advantage.variant")), ())
+    if overrides.get("advantage.variant") == "papo" and overrides.get("advantage.lam") == 0:
+        unused += ("advantage.guard",)  # the outcome alone has no order to guard
     return {key: value for key, value in overrides.items() if not key.startswith(unused)}
 
 

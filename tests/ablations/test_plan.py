@@ -39,6 +39,16 @@ def test_arms_that_come_to_the_same_run_share_it() -> None:
     assert all(run.params.run.seed == run.seed for run in runs)
 
 
+def test_the_guard_makes_no_run_of_its_own_where_the_judge_has_no_weight() -> None:
+    axes = {"advantage.lam": [0, 2], "advantage.guard": ["none", "rank"]}
+    runs = expand(plan(base={"advantage.variant": "papo"}, axes=axes, compare=[], seeds=1))
+    assert [[arm.name for arm in run.arms] for run in runs] == [
+        ["lam 0, guard none", "lam 0, guard rank"],
+        ["lam 2, guard none"],
+        ["lam 2, guard rank"],
+    ]
+
+
 def test_what_has_another_warm_start_does_not_share_it() -> None:
     sizes = {"small": {"warmstart.steps": 2}, "large": {"warmstart.steps": 3}}
     assert len({run.start for run in expand(plan(axes={"size": sizes}, compare=[]))}) == 2
