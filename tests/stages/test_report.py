@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from stages.made import (
     ASKED,
     JUDGED,
@@ -235,6 +236,16 @@ class _References(HTMLParser):
         self.fetched += [tag] if tag in ("script", "link", "iframe", "img", "object") else []
         self.ids += [values["id"] or ""] if "id" in values else []
         self.headings += [tag] if re.fullmatch("h[1-6]", tag) else []
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.71, 0.86), (0.0, 1.0), (0.004, 0.021), (-0.1, 0.4), (0.5, 0.5)])
+def test_the_ticks_of_shares_say_where_they_are(low: float, high: float) -> None:
+    figure = Figure(figsize=(4.6, 2.9))
+    axes = plots.axes_of(figure)
+    axes.plot([0, 1], [low, high])
+    figure.canvas.draw()
+    said = [float(label.get_text().removesuffix("%")) / 100 for label in axes.get_yticklabels()]
+    assert said == pytest.approx(list(axes.get_yticks()))
 
 
 def test_the_page_is_self_contained(tmp_path: Path) -> None:

@@ -118,9 +118,11 @@ def _integers(axes: Axes) -> None:
 
 
 def _percents(axis: Axis) -> None:
-    from matplotlib.ticker import PercentFormatter
+    """Ticks at round shares, labelled with what they are: 2.5 % is no step, and 0.5 % is not written as 0 or 1."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.6g}%"))
 
 
 def legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
