@@ -313,7 +313,7 @@ def _longest(plan: Plan) -> str:
 
 def _label(plan: Plan, arm: Arm) -> str:
     longest = _longest(plan)
-    return arm.labels[longest]
+    return Arm({longest: arm.labels[longest]}, {}).name
 
 
 def _style(plan: Plan, arm: Arm) -> int:

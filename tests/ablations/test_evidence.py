@@ -121,6 +121,17 @@ def test_the_page_and_its_files(results: Results, tmp_path: Path) -> None:
         ElementTree.parse(plot)
 
 
+def test_values_of_a_param_are_drawn_along_it_and_named_by_it(tmp_path: Path) -> None:
+    against = {"against": {"advantage.lam": "0"}, "measures": ["accuracy/sums-hard"]}
+    found = plan(axes={"advantage.lam": [0, 0.5]}, along="advantage.lam", compare=[against], seeds=2)
+    make(found, tmp_path / "runs", lambda *_: np.full(PROBLEMS, 0.5), signals=lambda *_: {"accuracy": 0.5})
+    place = Place(tmp_path / "runs")
+    write(gather("made", found, expand(found), place), place, command="papo ablate made")
+    drawn = {plot.stem: plot.read_text() for plot in (place.root / "report/plots").glob("*.svg")}
+    assert ">lam 0.5<" in drawn["accuracy"]
+    assert ">0.5<" in drawn["along-advantage-lam-sums-hard"]
+
+
 def test_what_is_not_done_yet_is_said_and_leaves_comparisons_undecided(tmp_path: Path) -> None:
     found = plan(claims=CLAIMS[:1])
     place = Place(tmp_path / "runs")
