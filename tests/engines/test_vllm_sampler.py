@@ -200,7 +200,7 @@ def test_an_engine_that_somebody_kills_is_seen_at_once(make: Make, logs: Path) -
 
 def test_an_engine_that_brings_no_row_for_too_long_is_taken_for_dead(make: Make) -> None:
     warned: list[str] = []
-    sampler = make({"hangs": 1, "after": 4, "step_s": 0.005}, devices=["0", "1"], warn=warned.append, stall_s=3.0)
+    sampler = make({"hangs": 1, "after": 4, "step_s": 0.005}, devices=["0", "1"], warn=warned.append, stall_s=6.0)
     assert sampled(sampler) == sampled(make())
     assert len(warned) == 1
     assert "is started once more" in warned[0]

@@ -35,6 +35,17 @@ OPTIONS = {"max_model_len", "enforce_eager", "tensor_parallel_size"}
 __version__ = "0.32.0"
 
 
+def _taken(what: str, turns: int) -> bool:
+    """Whether it was there for this process to take one of the turns: no two processes that ask at once get the same."""
+    for turn in range(turns):
+        try:
+            Path(f"{what}-{turn}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return True
+    return False
+
+
 def save_package(folder: Path) -> Path:
     (folder / "vllm").mkdir(parents=True)
     (folder / "vllm/__init__.py").write_text(Path(__file__).read_text())
@@ -148,12 +159,11 @@ class Engine:
 
     def _die(self) -> None:
         """Killed, with the rows that just ended, or stopped for good, if it is its turn."""
-        if len(list(Path().glob("hung-*"))) < self._plan["hangs"] and self._done >= self._plan["after"]:
-            Path(f"hung-{os.getpid()}").touch()
+        if self._done < self._plan["after"]:
+            return
+        if _taken("hung", self._plan["hangs"]):
             time.sleep(3600)
-        deaths = len(list(Path().glob("died-*")))
-        if deaths < self._plan["dies"] and self._done >= self._plan["after"]:
-            Path(f"died-{os.getpid()}").touch()
+        if _taken("died", self._plan["dies"]):
             sys.stderr.write("about to die\n")
             sys.stderr.flush()
             os.kill(os.getpid(), signal.SIGKILL)
