@@ -57,12 +57,16 @@ KINDS = {
 }
 """First words of measures, and what comes after the slash; papo/ablations/measures.py says what each is."""
 
-UNUSED: dict[str, tuple[str, ...]] = {
-    "orm": ("score_prm.", "advantage.lam", "advantage.missing", "advantage.length_"),
-    "prm": ("advantage.lam",),
-    "mult": ("advantage.lam",),
-}
-"""Params that a variant does not look at: runs that differ in them alone are one run."""
+UNUSED: tuple[tuple[Override, tuple[str, ...]], ...] = (
+    ({"advantage.variant": "orm"}, ("score_prm.", "advantage.lam", "advantage.missing", "advantage.length_")),
+    ({"advantage.variant": "prm"}, ("advantage.lam",)),
+    ({"advantage.variant": "mult"}, ("advantage.lam",)),
+    (
+        {"advantage.variant": "papo", "advantage.lam": 0},
+        ("advantage.guard",),
+    ),  # the outcome alone has no order to guard
+)
+"""Params that are not looked at where others are so: runs that differ in them alone are one run."""
 
 
 class _Part(BaseModel):
@@ -331,9 +335,7 @@ def expand(plan: Plan, *, seeds: Sequence[int] | None = None, overrides: Sequenc
 
 
 def _used(overrides: Override) -> Override:
-    unused = UNUSED.get(str(overrides.get("advantage.variant")), ())
-    if overrides.get("advantage.variant") == "papo" and overrides.get("advantage.lam") == 0:
-        unused += ("advantage.guard",)  # the outcome alone has no order to guard
+    unused = tuple(name for where, names in UNUSED if where.items() <= overrides.items() for name in names)
     return {key: value for key, value in overrides.items() if not key.startswith(unused)}
 
 
